@@ -1,0 +1,124 @@
+"""The exception tree. Every error says what was given, which rule it breaks and what to do.
+
+InferenceShardformerError
+├── ConfigError (ValueError)            a configuration value is wrong, unknown or in conflict
+├── PolicyError (ValueError)            the model cannot be sharded as asked
+│   ├── UnsupportedModelError           no policy for this architecture
+│   └── TensorParallelSizeError         this tp size is impossible for this model
+├── CheckpointError (ValueError)        the checkpoint is missing, corrupt or incomplete
+├── BackendUnavailableError (RuntimeError)  a compute backend cannot serve this model here
+├── EnvironmentMismatchError (RuntimeError) world size, device or process group do not fit the request
+├── PluginError (RuntimeError)          a plug-in failed to load or broke its contract
+├── CapacityError (RuntimeError)        memory or cache cannot hold what was asked
+├── RequestError (ValueError)           one request is invalid; others are not affected
+├── StateError (RuntimeError)           a call that is illegal in the current state
+└── RankFailure (RuntimeError)          a rank raised, died or stalled; the same on every rank
+"""
+
+from __future__ import annotations
+
+
+class InferenceShardformerError(Exception):
+    """Base of all errors of this package.
+
+    `code` is stable and meant for programs, `remedy` says what to do, `exit_code` is what the command line returns.
+    """
+
+    code = "internal"
+    exit_code = 1
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  remedy: {self.remedy}" if self.remedy else self.message
+
+
+class ConfigError(InferenceShardformerError, ValueError):
+    """A configuration value is wrong, unknown, or in conflict with another."""
+
+    code = "config"
+    exit_code = 2
+
+
+class PolicyError(InferenceShardformerError, ValueError):
+    """The model cannot be sharded as asked, or a policy does not cover it."""
+
+    code = "policy"
+    exit_code = 2
+
+
+class UnsupportedModelError(PolicyError):
+    """No policy is registered for the model's architecture."""
+
+    code = "unsupported_model"
+
+
+class TensorParallelSizeError(PolicyError):
+    """The tensor-parallel size is impossible for this model; the possible ones are listed."""
+
+    code = "tp_size"
+
+
+class CheckpointError(InferenceShardformerError, ValueError):
+    """The checkpoint is missing, unreadable, corrupt, or does not hold the expected tensors."""
+
+    code = "checkpoint"
+    exit_code = 2
+
+
+class BackendUnavailableError(InferenceShardformerError, RuntimeError):
+    """A named compute backend, or every candidate, cannot serve this model on this device."""
+
+    code = "backend"
+    exit_code = 3
+
+
+class EnvironmentMismatchError(InferenceShardformerError, RuntimeError):
+    """World size, device, or process group do not fit what was asked."""
+
+    code = "environment"
+    exit_code = 3
+
+
+class PluginError(InferenceShardformerError, RuntimeError):
+    """A plug-in failed to load, is registered twice, or broke its contract."""
+
+    code = "plugin"
+    exit_code = 3
+
+
+class CapacityError(InferenceShardformerError, RuntimeError):
+    """Memory, or the paged cache, cannot hold what was asked."""
+
+    code = "capacity"
+    exit_code = 2
+
+
+class RequestError(InferenceShardformerError, ValueError):
+    """One request is invalid. It is refused alone, before anything is queued."""
+
+    code = "request"
+    exit_code = 2
+
+
+class StateError(InferenceShardformerError, RuntimeError):
+    """A call that is illegal in the current state; names the state and the legal calls."""
+
+    code = "state"
+
+
+class RankFailure(InferenceShardformerError, RuntimeError):
+    """A rank raised, died or stalled. Every rank raises it with the same rank, phase and cause."""
+
+    code = "rank_failure"
+    exit_code = 4
+
+    def __init__(self, *, rank: int, phase: str, cause: str, cause_code: str = "internal", remedy: str = "") -> None:
+        super().__init__(f"rank {rank} failed during {phase}: {cause}", remedy=remedy)
+        self.rank = rank
+        self.phase = phase
+        self.cause = cause
+        self.cause_code = cause_code

@@ -1,0 +1,1 @@
+"""Sharding policies, one file per model family."""
