@@ -1,0 +1,29 @@
+"""ShardConfig: how the ranks are laid out. Values only, no process group and no device object."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat
+
+from inference_shardformer.config.values import Auto, Count
+
+
+class ShardConfig(BaseModel):
+    """How ranks are laid out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+    tp_size: Count | Auto = Field(default="auto", description="Tensor-parallel ranks; auto: the process group's size.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Device of every rank; auto: cuda where present."
+    )
+    threads_per_rank: Count | Auto = Field(
+        default="auto", description="CPU threads of each rank; auto: the cores of the host divided by its ranks."
+    )
+    timeout_s: StrictFloat = Field(
+        default=30.0,
+        gt=0,
+        le=3600,
+        description="Seconds a rank may stay silent in one step before all ranks fail, by name.",
+    )

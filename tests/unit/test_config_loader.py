@@ -1,0 +1,206 @@
+"""Layers of configuration: who wins, where it came from, and everything that is refused."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inference_shardformer.config.fields import ROOTS, all_fields, all_groups, full_path, suggest
+from inference_shardformer.config.inference import CacheConfig, InferenceConfig
+from inference_shardformer.config.loader import Flag, load_config
+from inference_shardformer.config.origins import DEFAULT, Level, Origin
+from inference_shardformer.config.provenance import call_provenance
+from inference_shardformer.config.shard import ShardConfig
+from inference_shardformer.config.violations import ConfigViolations
+from inference_shardformer.errors import ConfigError
+
+BLOCK = "inference.cache.block_size"
+VARIABLE = "INFERENCE_SHARDFORMER_INFERENCE__CACHE__BLOCK_SIZE"
+
+
+def write(folder: Path, name: str, text: str) -> str:
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+def refused(**sources) -> dict[str, tuple[str, str, str]]:
+    """The violations of a load that must fail: path -> origin, rule, remedy."""
+    with pytest.raises(ConfigViolations) as caught:
+        load_config(**sources)
+    return {item.path: (str(item.origin), item.rule, item.remedy) for item in caught.value.violations}
+
+
+def test_defaults_alone():
+    loaded = load_config()
+    assert loaded.shard == ROOTS["shard"]()
+    assert loaded.inference == ROOTS["inference"]()
+    assert set(loaded.provenance) == set(all_fields())
+    assert set(loaded.provenance.values()) == {DEFAULT}
+
+
+@given(st.lists(st.integers(1, 1024), min_size=5, max_size=5), st.sets(st.integers(0, 4)))
+@settings(max_examples=60, deadline=None)
+def test_the_highest_level_wins(tmp_path_factory, values, present):
+    folder = tmp_path_factory.mktemp("levels")
+    texts = {i: f"inference: {{cache: {{block_size: {values[i]}}}}}" for i in (0, 1)}
+    files = [write(folder, f"{i}.yaml", texts[i]) for i in (0, 1) if i in present]
+    loaded = load_config(
+        files=files,
+        environ={VARIABLE: str(values[2])} if 2 in present else {},
+        sets=[f"cache.block_size={values[3]}"] if 3 in present else [],
+        call={"inference": {"cache": {"block_size": values[4]}}} if 4 in present else {},
+    )
+    winner = max(present, default=None)
+    assert loaded.inference.cache.block_size == (16 if winner is None else values[winner])
+    expected = {
+        None: DEFAULT,
+        2: Origin(Level.ENVIRONMENT, VARIABLE),
+        3: Origin(Level.CLI, f"--set cache.block_size={values[3]}"),
+        4: Origin(Level.CALL),
+    }
+    expected |= {i: Origin(Level.FILE, f"{folder}/{i}.yaml:1") for i in (0, 1)}
+    assert loaded.provenance[BLOCK] == expected[winner]
+
+
+def test_files_are_merged_leaf_by_leaf(tmp_path):
+    first = write(tmp_path, "a.yaml", "shard:\n  tp_size: 2\ninference:\n  cache: {block_size: 8, num_blocks: 4}\n")
+    second = write(tmp_path, "b.json", '{\n\t"inference": {\n\t\t"cache": {"block_size": 32}}}')
+    third = write(tmp_path, "c.toml", '[shard]\ndevice = "cpu"\n\n[inference.sampling]\ntemperature = 1\n')
+    loaded = load_config(files=[first, second, third])
+    assert (loaded.shard.tp_size, loaded.shard.device) == (2, "cpu")
+    assert (loaded.inference.cache.block_size, loaded.inference.cache.num_blocks) == (32, 4)
+    assert loaded.inference.sampling.temperature == 1.0
+    origins = {path: str(origin) for path, origin in loaded.provenance.items() if origin is not DEFAULT}
+    assert origins == {
+        "shard.tp_size": f"file {first}:2",
+        "inference.cache.num_blocks": f"file {first}:4",
+        BLOCK: f"file {second}:3",
+        "shard.device": f"file {third}:2",
+        "inference.sampling.temperature": f"file {third}:5",
+    }
+
+
+def test_flags_and_last_set_win():
+    loaded = load_config(
+        sets=["cache.block_size=8", "inference.cache.block_size=64"],
+        flags=[Flag("--tp", "shard.tp_size", "4"), Flag("--dtype", "inference.dtype", "bf16")],
+        environ={"INFERENCE_SHARDFORMER_SHARD__TP_SIZE": "2", "UNRELATED": "x"},
+    )
+    assert (loaded.shard.tp_size, loaded.inference.dtype, loaded.inference.cache.block_size) == (4, "bf16", 64)
+    assert str(loaded.provenance["shard.tp_size"]) == "option --tp"
+
+
+def test_empty_files_and_groups_assign_nothing(tmp_path):
+    files = [write(tmp_path, "a.yaml", "# nothing\n"), write(tmp_path, "b.yaml", "inference:\n  cache:\n")]
+    assert load_config(files=files) == load_config()
+
+
+def test_every_violation_of_every_source_at_once(tmp_path):
+    name = write(
+        tmp_path, "run.yaml", "shard:\n  devise: cpu\ninference:\n  dtype: bf15\n  cache: 3\ncache: {block_size: 1}\n"
+    )
+    found = refused(
+        files=[name],
+        environ={"INFERENCE_SHARDFORMER_SHARD__TP_SIZ": "2", "INFERENCE_SHARDFORMER_INFERENCE__SEED": "-1"},
+        sets=["scheduler.max_num_seqs=2GiB", "no_equals", "attention=sdpa", "sampling.top_q=1", "shard.tp_size=2"],
+        flags=[Flag("--temperature", "inference.sampling.temperature", "nan"), Flag("--tp", "shard.tp_size", "2")],
+    )
+    assert found["shard.devise"] == (f"file {name}:2", "the name of a known setting", "did you mean shard.device?")
+    assert found["inference.dtype"][:2] == (f"file {name}:4", "one of auto, fp32, bf16, fp16")
+    assert found["inference.dtype"][2].startswith("did you mean bf16?")
+    assert found["inference.cache"][1] == "a group of settings: block_size, memory_limit, num_blocks"
+    assert found["cache"] == (f"file {name}:6", "the name of a known setting", "did you mean inference.cache?")
+    assert "INFERENCE_SHARDFORMER_SHARD__TP_SIZE?" in found["INFERENCE_SHARDFORMER_SHARD__TP_SIZ"][2]
+    assert found["inference.seed"][0] == "variable INFERENCE_SHARDFORMER_INFERENCE__SEED"
+    assert found["inference.scheduler.max_num_seqs"][1] == "an integer, at least 1, at most 65536"
+    assert found["no_equals"][1] == "path=value"
+    assert found["inference.attention"][1] == "a group of settings: backend"
+    assert found["sampling.top_q"][2] == "did you mean inference.sampling.top_p?"
+    assert found["inference.sampling.temperature"][0] == "option --temperature"
+    assert found["shard.tp_size"][1] == "given once on the command line, and --tp gives it too"
+    assert len(found) == 12
+
+
+@pytest.mark.parametrize(
+    ("path", "texts"),
+    [
+        ("shard.tp_size", ["0", "-1", "1.5", "true", "two", '"2"', "null", "", "[1]"]),
+        ("shard.device", ["gpu", "0", "null"]),
+        ("shard.timeout_s", ["0", "-1", "1e9", "nan", "true", "soon"]),
+        ("inference.cache.block_size", ["0", "1025", "16.0", "false"]),
+        ("inference.cache.memory_limit", ["0", "1.5", "-3", "2GiB", "true"]),
+        ("inference.sampling.temperature", ["-0.1", "inf", ".nan", "101", "hot", "false"]),
+        ("inference.sampling.top_p", ["0", "1.01", "nan"]),
+        ("inference.sampling.top_k", ["-1", "2.0"]),
+        ("inference.sampling.max_new_tokens", ["0", "many"]),
+        ("inference.seed", ["-1", str(2**63)]),
+        ("inference.weights.trust_remote_code", ["1", "maybe"]),
+        ("inference.attention.backend", ['""', "1", "null"]),
+    ],
+)
+def test_values_that_break_a_rule(path, texts):
+    for text in texts:
+        found = refused(sets=[f"{path}={text}"])
+        assert found[path][1] == all_fields()[path].rule, text
+        assert "default" in found[path][2]
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "value"),
+    [
+        ("shard.tp_size", "auto", "auto"),
+        ("shard.timeout_s", "1e2", 100.0),
+        ("inference.cache.memory_limit", "0.5", 0.5),
+        ("inference.cache.memory_limit", "auto", "auto"),
+        ("inference.cache.memory_limit", "1_000_000", 1_000_000),
+        ("inference.sampling.temperature", "1", 1.0),
+        ("inference.weights.trust_remote_code", "true", True),
+        ("inference.attention.backend", "sdpa", "sdpa"),
+    ],
+)
+def test_values_that_are_read_from_text(path, text, value):
+    loaded = load_config(sets=[f"{path}={text}"])
+    found = {"shard": loaded.shard, "inference": loaded.inference}
+    for name in path.split("."):
+        found = found[name] if isinstance(found, dict) else getattr(found, name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_the_text_of_violations_names_value_origin_rule_and_remedy():
+    with pytest.raises(ConfigError) as caught:
+        load_config(sets=["cache.block_size=0", "dtype=int8"])
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "2 configuration values were refused"
+    block = lines.index(f"  {BLOCK} = 0")
+    assert [line.split(":")[0].strip() for line in lines[block + 1 : block + 4]] == ["from", "rule", "remedy"]
+    assert caught.value.exit_code == 2
+    assert "at most 1024" in caught.value.message
+    assert f"{BLOCK}: change it there" in caught.value.remedy
+
+
+def test_short_paths_have_one_meaning():
+    tops = [set(model.model_fields) for model in ROOTS.values()]
+    for one, other in itertools.combinations(tops, 2):
+        assert not one & other
+    assert not set().union(*tops) & set(ROOTS)
+    for path in all_fields():
+        assert full_path(path.partition(".")[2]) == path
+        assert full_path(path) == path
+        assert suggest(f"{path}x") == path
+    assert {"shard", "inference", "inference.cache"} <= all_groups()
+    assert suggest("zzzzzz") == ""
+
+
+def test_what_a_call_gave_is_known():
+    shard = ShardConfig(tp_size=2)
+    inference = InferenceConfig(dtype="bf16", attention={"backend": "auto"}, cache=CacheConfig(block_size=16))
+    assert call_provenance(shard, inference) == dict.fromkeys(
+        ("shard.tp_size", "inference.dtype", "inference.attention.backend", BLOCK), Origin(Level.CALL)
+    )
+    assert call_provenance(ShardConfig(), InferenceConfig()) == {}
