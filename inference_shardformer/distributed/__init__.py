@@ -1,0 +1,1 @@
+"""Process groups, failure detection and the environment of the ranks."""

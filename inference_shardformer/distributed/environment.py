@@ -1,0 +1,91 @@
+"""The environment of the ranks: what the launcher said, and whether the process group fits what was asked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from inference_shardformer.errors import EnvironmentMismatchError
+
+_REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class RankEnvironment:
+    """What the launcher told this process. Without a launcher: one rank."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    is_torchrun: bool
+
+    @classmethod
+    def detect(cls, environ: Mapping[str, str] | None = None) -> RankEnvironment:
+        """Read the variables that torchrun sets."""
+        environ = os.environ if environ is None else environ
+        given = [name for name in _REQUIRED if environ.get(name)]
+        if not given:
+            return cls(0, 1, 0, 1, is_torchrun=False)
+        if len(given) < len(_REQUIRED):
+            missing = [name for name in _REQUIRED if name not in given]
+            raise EnvironmentMismatchError(
+                f"the launcher's variables are incomplete: {', '.join(given)} are set, {', '.join(missing)} are not",
+                remedy="start the program with torchrun, which sets them all, or unset them",
+            )
+        rank, world_size = _number(environ, "RANK", None), _number(environ, "WORLD_SIZE", None)
+        local_rank = _number(environ, "LOCAL_RANK", rank)
+        return cls(rank, world_size, local_rank, _number(environ, "LOCAL_WORLD_SIZE", world_size), is_torchrun=True)
+
+
+def ensure_process_group(device: torch.device, timeout_s: float) -> bool:
+    """Make the default process group from the launcher's variables when there is none.
+
+    Returns whether it was made here, so that whoever made it ends it. Without a launcher nothing is made.
+    """
+    if dist.is_initialized() or not RankEnvironment.detect().is_torchrun:
+        return False
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    return True
+
+
+def process_group_for(tp_size: int | None, process_group: dist.ProcessGroup | None = None) -> dist.ProcessGroup | None:
+    """The process group of a tensor-parallel engine: the one given, else the default one; `None` means one rank.
+
+    Raises:
+        EnvironmentMismatchError: `tp_size` is not the number of its ranks. With `tp_size=None` any number fits.
+    """
+    group = process_group
+    if group is None and dist.is_initialized():
+        group = dist.group.WORLD
+    size = 1 if group is None else group.size()
+    if tp_size is None or tp_size == size:
+        return group
+    if group is None:
+        raise EnvironmentMismatchError(
+            f"tp_size={tp_size}, but this is a single process: there is no launcher and no process group",
+            remedy=f"start it with `torchrun --nproc-per-node {tp_size} ...`, or ask for tp_size=1",
+        )
+    whose = "the process group given" if process_group is not None else "the default process group"
+    raise EnvironmentMismatchError(
+        f"tp_size={tp_size}, but {whose} has {size} rank{'s' if size > 1 else ''}; the two must be equal",
+        remedy=f"ask for tp_size={size}, start {tp_size} ranks, or give a process group of {tp_size} of the ranks",
+    )
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None) -> int:
+    text = environ.get(name, "")
+    if not text and default is not None:
+        return default
+    if not text.isdecimal():
+        raise EnvironmentMismatchError(
+            f"{name}={text!r} is not a count; the launcher sets whole numbers",
+            remedy="start the program with torchrun, or correct the variable",
+        )
+    return int(text)

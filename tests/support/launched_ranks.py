@@ -1,0 +1,39 @@
+"""A module for `launch_ranks`: does on each rank what its argument says."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    rank = int(os.environ["RANK"])
+    match sys.argv[1:]:
+        case ["report", *rest]:
+            facts = [
+                os.environ["WORLD_SIZE"],
+                os.environ["OMP_NUM_THREADS"],
+                str(Path.cwd()) in sys.path,
+                "" in sys.path,
+            ]
+            print(f"rank {rank}: {facts} {rest}")
+        case ["exit", culprit, code]:
+            if rank == int(culprit):
+                sys.exit(int(code))
+            time.sleep(60)
+        case ["kill", culprit]:
+            if rank == int(culprit):
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.5)
+            print(f"rank {rank} says why", file=sys.stderr)
+            sys.exit(4)
+        case ["wait", folder]:
+            Path(folder, f"{os.getpid()}").touch()
+            time.sleep(60)
+
+
+if __name__ == "__main__":
+    main()
