@@ -1,0 +1,1 @@
+"""Attention backends, their contract and their selection."""

@@ -1,0 +1,69 @@
+"""How decoding sequences are grouped, and what the plan of backend sdpa gathers."""
+
+from __future__ import annotations
+
+import torch
+from attention_batches import CASES, make_problem
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inference_shardformer.attention.sdpa_plan import (
+    LIMITS,
+    group_by_length,
+    plan_decodes,
+    plan_prefills,
+)
+
+BYTES_PER_TOKEN = 768
+
+
+@given(st.lists(st.integers(1, 4000), min_size=1, max_size=60).map(sorted))
+def test_groups_cover_everything_within_the_limits(lengths: list[int]) -> None:
+    groups = group_by_length(lengths, bytes_per_token=BYTES_PER_TOKEN, limits=LIMITS["cpu"])
+    assert [i for group in groups for i in range(group.start, group.stop)] == list(range(len(lengths)))
+    for group in groups:
+        members = lengths[group]
+        padded = max(members) * len(members)
+        assert len(members) == 1 or padded * BYTES_PER_TOKEN <= LIMITS["cpu"].size
+        assert (padded - sum(members)) * BYTES_PER_TOKEN <= LIMITS["cpu"].padding
+
+
+def test_short_sequences_share_a_group() -> None:
+    assert group_by_length([64] * 32, bytes_per_token=BYTES_PER_TOKEN, limits=LIMITS["cpu"]) == [slice(0, 32)]
+
+
+def test_one_long_sequence_does_not_pad_the_short_ones() -> None:
+    assert group_by_length([64] * 31 + [1024], bytes_per_token=BYTES_PER_TOKEN, limits=LIMITS["cpu"]) == [
+        slice(0, 31),
+        slice(31, 32),
+    ]
+
+
+def test_equal_lengths_need_neither_mask_nor_order() -> None:
+    problem = make_problem(CASES["equal_decodes"], torch.float32)
+    plan = plan_decodes(problem.batch, problem.spec)
+    assert plan.order is None
+    assert [group.mask for group in plan.groups] == [None]
+
+
+def test_a_window_bounds_what_a_decode_gathers() -> None:
+    problem = make_problem(CASES["window_of_a_block"], torch.float32)
+    plan = plan_decodes(problem.batch, problem.spec)
+    assert max(group.num_keys for group in plan.groups) == 16
+
+
+def test_a_window_bounds_what_a_chunk_gathers() -> None:
+    problem = make_problem(CASES["window_of_a_block"], torch.float32)
+    chunk = plan_prefills(problem.batch, problem.spec)[-1]
+    assert len(chunk.slots) == 20 + 16 - 1  # the chunk's own tokens, and what its first query sees before itself
+
+
+def test_a_whole_prompt_needs_no_mask_and_a_chunk_does() -> None:
+    problem = make_problem(CASES["mixed"], torch.float32)
+    calls = plan_prefills(problem.batch, problem.spec)
+    assert [call.mask is None for call in calls] == [True, False, True, False]
+
+
+def test_a_batch_without_decodes_has_no_decode_plan() -> None:
+    problem = make_problem(CASES["ragged_prefill"], torch.float32)
+    assert plan_decodes(problem.batch, problem.spec) is None
