@@ -1,0 +1,176 @@
+"""EngineCore: the state machine that every rank replays; one step is receive, schedule, build, run, sample, update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from time import perf_counter
+from typing import NamedTuple, Protocol
+
+import torch
+
+from inference_shardformer.engine.batch import build_batch
+from inference_shardformer.engine.detokenizer import RequestText, Tokenizer
+from inference_shardformer.engine.events import AddRequest, Event, EventExchange
+from inference_shardformer.engine.model_runner import ModelRunner
+from inference_shardformer.engine.outputs import StepStats
+from inference_shardformer.engine.request import FinishReason, Request
+from inference_shardformer.engine.sampler import NOT_FINITE, Sampler
+from inference_shardformer.engine.scheduler import Scheduler, SchedulerOutput
+from inference_shardformer.errors import RequestError
+
+
+class StepGuard(Protocol):
+    """Tells all ranks if one of them fails inside a step, or differs from the others."""
+
+    def agree(self, phase: str, facts: Mapping[str, str]) -> None:
+        """Raise the same error on every rank unless all bring the same facts."""
+
+    def step(self, phase: str) -> AbstractContextManager[object]:
+        """Guard the code of one phase of a step."""
+
+
+class LiveRequest(NamedTuple):
+    """A request the engine works on, with its text."""
+
+    request: Request
+    text: RequestText
+
+
+class StepResult(NamedTuple):
+    """The requests that got a token, with it; the facts of the step."""
+
+    advanced: list[tuple[LiveRequest, int]]
+    stats: StepStats
+
+
+class EngineCore:
+    """Requests, queues and cache blocks of one engine. Deterministic: the same events give the same steps."""
+
+    def __init__(
+        self,
+        *,
+        runner: ModelRunner,
+        sampler: Sampler,
+        scheduler: Scheduler,
+        exchange: EventExchange,
+        guard: StepGuard,
+        device: torch.device,
+        eos_token_ids: tuple[int, ...],
+        tokenizer: Tokenizer | None,
+        with_rope_lengths: bool,
+    ) -> None:
+        self.scheduler = scheduler
+        self.exchange = exchange
+        self.live: dict[str, LiveRequest] = {}
+        self.num_added = 0
+        self._runner = runner
+        self._sampler = sampler
+        self._guard = guard
+        self._device = device
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._tokenizer = tokenizer
+        self._with_rope_lengths = with_rope_lengths
+        self._finished: list[LiveRequest] = []
+
+    def step(self) -> StepResult:
+        """Run one step; without requests it only receives events."""
+        started = perf_counter()
+        self.receive()
+        output = self.scheduler.schedule()
+        advanced = self._run(output) if output.scheduled else []
+        return StepResult(advanced, self._stats(output, perf_counter() - started))
+
+    def receive(self) -> None:
+        """Apply what came from outside; every rank must be here at the same time."""
+        with self._guard.step("receive"):
+            delivery = self.exchange.receive()
+        for event in delivery.agreed():
+            self._apply(event)
+
+    def take_finished(self) -> list[LiveRequest]:
+        """The requests that ended since the last call."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    def drop(self, request_ids: set[str]) -> None:
+        """Forget requests at once, on this rank alone: for failures that reach every rank, and for closing."""
+        self.exchange.forget(request_ids)
+        for request_id in request_ids & self.live.keys():
+            self._end(self.live[request_id], "abort")
+        self._finished = [live for live in self._finished if live.request.request_id not in request_ids]
+
+    def _apply(self, event: Event) -> None:
+        if isinstance(event, AddRequest):
+            request = Request(
+                event.request_id, event.prompt_token_ids, event.sampling, prompt=event.prompt, index=event.index
+            )
+            text = RequestText(
+                self._tokenizer, request.token_ids, start=request.num_prompt_tokens, sampling=event.sampling
+            )
+            self.live[event.request_id] = LiveRequest(request, text)
+            self.scheduler.add(request)
+            self.num_added += 1
+        elif event.request_id in self.live:
+            self._end(self.live[event.request_id], "abort")
+
+    def _run(self, output: SchedulerOutput) -> list[tuple[LiveRequest, int]]:
+        with self._guard.step("prefill" if len(output.scheduled) > output.num_decodes else "decode"):
+            batch = build_batch(
+                output,
+                block_size=self.scheduler.block_size,
+                device=self._device,
+                with_rope_lengths=self._with_rope_lengths,
+            )
+            logits = self._runner.run(batch)
+            token_ids = self._sampler.sample(logits, batch.requests_to_sample)
+            for request, num_new_tokens in output.scheduled:
+                request.num_computed_tokens += num_new_tokens
+            return self._update(batch.requests_to_sample, token_ids)
+
+    def _update(self, requests: list[Request], token_ids: list[int]) -> list[tuple[LiveRequest, int]]:
+        advanced = []
+        for request, token_id in zip(requests, token_ids, strict=True):
+            live = self.live[request.request_id]
+            if token_id == NOT_FINITE:
+                request.error = RequestError(
+                    f"request {request.request_id!r}: the model's logits after {request.num_tokens} tokens are not "
+                    "finite",
+                    remedy="use dtype bf16 or fp32, and check that the checkpoint holds no NaN",
+                )
+                self._end(live, "abort")
+                continue
+            request.token_ids.append(token_id)
+            advanced.append((live, token_id))
+            self._end_if_complete(live, token_id)
+        return advanced
+
+    def _end_if_complete(self, live: LiveRequest, token_id: int) -> None:
+        request, text = live
+        sampling = request.sampling
+        if token_id in self._eos_token_ids and not sampling.ignore_eos:
+            self._end(live, "stop")
+        elif token_id in sampling.stop_token_ids:
+            self._end(live, "stop", token_id)
+        elif sampling.stop and (matched := text.advance()) is not None:
+            self._end(live, "stop", matched)
+        elif request.num_output_tokens >= sampling.max_new_tokens:
+            self._end(live, "length")
+
+    def _end(self, live: LiveRequest, reason: FinishReason, stop_reason: str | int | None = None) -> None:
+        request, text = live
+        request.finish(reason, stop_reason)
+        text.finish()
+        self.scheduler.finish(request)
+        del self.live[request.request_id]
+        self._finished.append(live)
+
+    def _stats(self, output: SchedulerOutput, seconds: float) -> StepStats:
+        return StepStats(
+            num_prefill_tokens=output.num_tokens - output.num_decodes,
+            num_decode_tokens=output.num_decodes,
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_free_blocks=self.scheduler.allocator.num_free,
+            seconds=seconds,
+        )

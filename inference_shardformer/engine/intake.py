@@ -1,0 +1,194 @@
+"""Intake: turns what a caller brings into a valid request, or says everything that is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral
+
+from inference_shardformer.config.model import ModelFacts
+from inference_shardformer.config.resolved import ResolvedConfig
+from inference_shardformer.engine.detokenizer import Tokenizer
+from inference_shardformer.engine.sampling_params import ResolvedSampling, SamplingParams
+from inference_shardformer.errors import RequestError
+from inference_shardformer.kv_cache.sizing import blocks_for
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class ValidPrompt:
+    """A prompt that can be queued: its tokens, and sampling without a `None`.
+
+    `has_own_seed` tells a seed of the request from one that the engine has yet to derive.
+    """
+
+    prompt: str | None
+    token_ids: tuple[int, ...]
+    sampling: ResolvedSampling
+    has_own_seed: bool
+
+
+class Intake:
+    """The limits of one engine, and the checks against them."""
+
+    def __init__(
+        self,
+        *,
+        facts: ModelFacts,
+        config: ResolvedConfig,
+        num_blocks: int,
+        block_size: int,
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        self._vocab_size = facts.vocab_size
+        self._config = config
+        self._num_blocks = num_blocks
+        self._block_size = block_size
+        self._tokenizer = tokenizer
+
+    def limits(self) -> dict[str, str]:
+        """What must be the same on every rank, or they would schedule differently."""
+        scheduler = self._config.inference.scheduler
+        return {
+            "cache.num_blocks": str(self._num_blocks),
+            "cache.block_size": str(self._block_size),
+            "max_model_len": str(self._config.max_model_len),
+            "scheduler.max_num_seqs": str(scheduler.max_num_seqs),
+            "scheduler.max_num_batched_tokens": str(scheduler.max_num_batched_tokens),
+            "tokenizer": "none" if self._tokenizer is None else type(self._tokenizer).__name__,
+        }
+
+    def validate(self, prompt: Prompt, params: SamplingParams) -> ValidPrompt:
+        """The request that `prompt` and `params` make. Raises `RequestError` with everything that is wrong."""
+        if not isinstance(params, SamplingParams):
+            raise RequestError(
+                f"sampling_params is a {type(params).__name__}", remedy="pass SamplingParams, or None for the defaults"
+            )
+        token_ids = self._token_ids(prompt)
+        inference = self._config.inference
+        sampling = params.resolve(inference.sampling, seed=inference.seed)
+        problems = [*self._vocabulary_problems(token_ids, sampling), *self._stop_problems(sampling)]
+        room = self._config.max_model_len - len(token_ids)
+        if params.max_new_tokens is None:
+            sampling = replace(sampling, max_new_tokens=max(1, min(sampling.max_new_tokens, room)))
+        problems += self._length_problems(len(token_ids), sampling.max_new_tokens, room)
+        if problems:
+            raise RequestError(
+                "; ".join(problem for problem, _ in problems), remedy="; ".join(remedy for _, remedy in problems)
+            )
+        text = prompt if isinstance(prompt, str) else None
+        return ValidPrompt(text, token_ids, sampling, has_own_seed=params.seed is not None)
+
+    def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
+            raise RequestError(
+                f"the prompt is a {type(prompt).__name__}",
+                remedy="pass text or a list of token ids; a tensor or array becomes one with .tolist()",
+            )
+        token_ids = self._tokenize(prompt) if isinstance(prompt, str) else _as_integers(prompt)
+        if not token_ids:
+            raise RequestError(
+                "the prompt is empty: it has no token to start from",
+                remedy="pass at least one token, for example the beginning-of-sequence token",
+            )
+        return token_ids
+
+    def _tokenize(self, prompt: str) -> tuple[int, ...]:
+        if self._tokenizer is None:
+            raise RequestError(
+                "the prompt is text, and this engine has no tokenizer",
+                remedy="pass token ids, or attach the model with tokenizer=",
+            )
+        return tuple(self._tokenizer.encode(prompt))
+
+    def _vocabulary_problems(self, token_ids: tuple[int, ...], sampling: ResolvedSampling) -> list[tuple[str, str]]:
+        valid = f"token ids of this model are 0 to {self._vocab_size - 1}"
+        problems = []
+        if min(token_ids) < 0 or max(token_ids) >= self._vocab_size:
+            position = next(i for i, token in enumerate(token_ids) if not 0 <= token < self._vocab_size)
+            problems.append((f"token id {token_ids[position]} at position {position} is not in the vocabulary", valid))
+        foreign = [token_id for token_id in sampling.stop_token_ids if token_id >= self._vocab_size]
+        if foreign:
+            problems.append((f"stop_token_ids={foreign} are not in the vocabulary", valid))
+        return problems
+
+    def _stop_problems(self, sampling: ResolvedSampling) -> list[tuple[str, str]]:
+        if not sampling.stop or self._tokenizer is not None:
+            return []
+        return [
+            (
+                f"stop={list(sampling.stop)} needs text, and this engine has no tokenizer",
+                "use stop_token_ids, or attach the model with tokenizer=",
+            )
+        ]
+
+    def _length_problems(self, num_prompt_tokens: int, max_new_tokens: int, room: int) -> list[tuple[str, str]]:
+        limit = self._config.max_model_len
+        if room < 1:
+            return [
+                (
+                    f"the prompt has {num_prompt_tokens} tokens and max_model_len={limit} must hold one more",
+                    f"shorten the prompt to at most {limit - 1} tokens, or raise max_model_len",
+                )
+            ]
+        if max_new_tokens > room:
+            return [
+                (
+                    f"{num_prompt_tokens} prompt tokens and max_new_tokens={max_new_tokens} exceed "
+                    f"max_model_len={limit}",
+                    f"lower max_new_tokens to at most {room}, shorten the prompt, or raise max_model_len",
+                )
+            ]
+        # the last token is never fed back, so the cache never holds it
+        num_blocks = blocks_for(num_prompt_tokens + max_new_tokens - 1, self._block_size)
+        if num_blocks <= self._num_blocks:
+            return []
+        largest = self._num_blocks * self._block_size + 1 - num_prompt_tokens
+        way_out = f"lower max_new_tokens to at most {largest}" if largest > 0 else "shorten the prompt"
+        return [
+            (
+                f"{num_prompt_tokens} prompt tokens and max_new_tokens={max_new_tokens} need {num_blocks} cache blocks "
+                f"of {self._block_size} tokens; the cache has {self._num_blocks}",
+                f"{way_out}, or raise cache.num_blocks or cache.memory_limit",
+            )
+        ]
+
+
+def pair_prompts(
+    prompts: str | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[tuple[Prompt, SamplingParams]]:
+    """Each prompt with its sampling parameters."""
+    wanted: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(wanted, Sequence) or isinstance(wanted, bytes | bytearray) or len(wanted) == 0:
+        raise RequestError(
+            f"prompts={prompts!r} holds no prompt", remedy="pass a text, or a list with at least one text or id list"
+        )
+    if all(isinstance(prompt, int) for prompt in wanted):
+        raise RequestError("prompts is one flat list of token ids", remedy="pass a list of lists: [[1, 2, 3]]")
+    if sampling_params is None or isinstance(sampling_params, SamplingParams):
+        params: Sequence[SamplingParams] = [sampling_params or SamplingParams()] * len(wanted)
+    elif isinstance(sampling_params, Sequence) and not isinstance(sampling_params, str):
+        params = sampling_params
+    else:
+        raise RequestError(
+            f"sampling_params is a {type(sampling_params).__name__}", remedy="pass SamplingParams, or a list of them"
+        )
+    if len(params) != len(wanted):
+        raise RequestError(
+            f"{len(params)} sampling_params were given for {len(wanted)} prompts",
+            remedy="pass one SamplingParams for all prompts, or exactly one for each",
+        )
+    return list(zip(wanted, params, strict=True))
+
+
+def _as_integers(values: Sequence[int]) -> tuple[int, ...]:
+    token_ids = tuple(values)
+    if all(type(token_id) is int for token_id in token_ids):
+        return token_ids
+    for token_id in token_ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, Integral):
+            raise RequestError(
+                f"the prompt holds {token_id!r}, a {type(token_id).__name__}", remedy="token ids are integers"
+            )
+    return tuple(int(token_id) for token_id in token_ids)

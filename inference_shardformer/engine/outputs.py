@@ -1,0 +1,66 @@
+"""What the engine hands out: outputs of finished requests, chunks of streamed ones, and the facts of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from inference_shardformer.engine.request import FinishReason
+from inference_shardformer.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one request cost; `num_recomputed_tokens` were computed again after `num_preemptions` preemptions."""
+
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_preemptions: int = 0
+    num_recomputed_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A finished request.
+
+    `index` is its place in the call that brought it. `finish_reason` is "stop" (an end-of-sequence token, a stop id or
+    a stop text), "length", "abort" or "rejected"; `stop_reason` is the stop id or text that was met. `token_ids` are
+    the generated ones, the ending one included; `text` ends before a stop text. `error` says why a request was
+    rejected, or why it could not go on.
+    """
+
+    request_id: str
+    index: int
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    usage: Usage = Usage()
+    error: RequestError | None = None
+
+
+@dataclass(frozen=True)
+class StreamChunk:
+    """What one step added to one request. `text` holds whole characters only, so it may lag behind `token_ids`.
+
+    Put together, the chunks of a request are its output. The last one carries the `finish_reason`.
+    """
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one step did, and what it left."""
+
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    seconds: float

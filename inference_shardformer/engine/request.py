@@ -1,0 +1,104 @@
+"""Request: the state of one sequence while the engine works on it."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from enum import Enum
+from typing import Literal
+
+from inference_shardformer.engine.sampling_params import ResolvedSampling
+from inference_shardformer.errors import RequestError
+
+FinishReason = Literal["stop", "length", "abort", "rejected"]
+
+
+class RequestStatus(Enum):
+    """Where a request stands; preemption leads back from running to waiting."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Request:
+    """One sequence: its tokens, how many of them the cache holds, and the blocks that hold them.
+
+    token_ids      prompt ............... | output ......
+    num_computed_tokens  ^ keys and values up to here are in the cache
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling: ResolvedSampling,
+        *,
+        prompt: str | None = None,
+        index: int = 0,
+    ) -> None:
+        self.request_id = request_id
+        self.prompt = prompt
+        self.index = index
+        self.sampling = sampling
+        self.token_ids = list(prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.num_computed_tokens = 0
+        self.block_table = array("i")
+        self.status = RequestStatus.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+        self.error: RequestError | None = None
+        self.num_preemptions = 0
+        self.num_recomputed_tokens = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far, prompt and output."""
+        return len(self.token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Known tokens whose keys and values are not in the cache yet."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """The prompt's tokens."""
+        return self.token_ids[: self.num_prompt_tokens]
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The tokens generated so far."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing more will be generated."""
+        return self.status is RequestStatus.FINISHED
+
+    def rope_lengths(self, start: int, end: int) -> list[int]:
+        """The sequence length that the rotary frequencies of tokens `[start, end)` see.
+
+        The whole prompt for its own tokens, `position + 1` for a generated one; so neither chunks, nor preemption, nor
+        company change it.
+        """
+        num_prompt = max(0, min(end, self.num_prompt_tokens) - start)
+        return [self.num_prompt_tokens] * num_prompt + list(range(start + num_prompt + 1, end + 1))
+
+    def forget_computed(self) -> None:
+        """Note that the cache no longer holds anything of this request."""
+        self.num_preemptions += 1
+        self.num_recomputed_tokens += self.num_computed_tokens
+        self.num_computed_tokens = 0
+
+    def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
+        """End this request; its blocks are given back by the scheduler."""
+        self.status = RequestStatus.FINISHED
+        self.finish_reason = reason
+        self.stop_reason = stop_reason

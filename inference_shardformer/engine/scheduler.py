@@ -1,0 +1,149 @@
+"""Scheduler: which requests run in the next step, and with how many tokens."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from inference_shardformer.config.inference import SchedulerConfig
+from inference_shardformer.engine.request import Request, RequestStatus
+from inference_shardformer.errors import StateError
+from inference_shardformer.kv_cache.block_allocator import BlockAllocator
+from inference_shardformer.kv_cache.sizing import blocks_for
+
+
+class ScheduledRequest(NamedTuple):
+    """A request and how many of its uncomputed tokens run in this step."""
+
+    request: Request
+    num_new_tokens: int
+
+
+@dataclass(frozen=True)
+class SchedulerOutput:
+    """One step: `scheduled` starts with the `num_decodes` requests that have exactly one token in it."""
+
+    scheduled: list[ScheduledRequest] = field(default_factory=list)
+    num_decodes: int = 0
+    preempted: list[Request] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the step."""
+        return sum(num_new_tokens for _, num_new_tokens in self.scheduled)
+
+
+class Scheduler:
+    """First come, first served, with chunked prefill and preemption by recompute. The same on every rank.
+
+    `running` followed by `waiting` is always in order of arrival: requests are admitted from the front of the waiting
+    queue, and the request that arrived last is preempted first, back to that front. So the oldest request always
+    moves on, and every request that fits the cache alone finishes.
+
+    Blocks for all known tokens of a request are taken on admission. Thus at most the last running request is in the
+    middle of its prompt, and only decoding can run out of blocks.
+    """
+
+    def __init__(self, config: SchedulerConfig, allocator: BlockAllocator, *, block_size: int) -> None:
+        self.allocator = allocator
+        self.block_size = block_size
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self._max_num_seqs = config.max_num_seqs
+        self._max_num_batched_tokens = config.max_num_batched_tokens
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that wait or run."""
+        return len(self.waiting) + len(self.running)
+
+    def add(self, request: Request) -> None:
+        """Queue a request behind all others."""
+        self.waiting.append(request)
+
+    def schedule(self) -> SchedulerOutput:
+        """Choose the next step and take the blocks it needs."""
+        scheduled: list[ScheduledRequest] = []
+        preempted: list[Request] = []
+        budget = self._schedule_running(scheduled, preempted)
+        if not preempted:
+            self._admit(scheduled, budget)
+        decodes = [entry for entry in scheduled if entry.num_new_tokens == 1]
+        prefills = [entry for entry in scheduled if entry.num_new_tokens > 1]
+        return SchedulerOutput(decodes + prefills, len(decodes), preempted)
+
+    def finish(self, request: Request) -> None:
+        """Take a finished request out and free its blocks."""
+        if request in self.running:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+        self._release(request)
+
+    def check_integrity(self) -> None:
+        """Raise `StateError` if queues, block tables and allocator disagree."""
+        self.allocator.check_integrity(request.block_table for request in self.running)
+        for request in self.running:
+            if len(request.block_table) * self.block_size < request.num_computed_tokens:
+                raise StateError(
+                    f"request {request.request_id!r} has {request.num_computed_tokens} computed tokens in "
+                    f"{len(request.block_table)} blocks of {self.block_size}",
+                    remedy="report this as a bug with the stack trace",
+                )
+        if any(request.block_table or request.num_computed_tokens for request in self.waiting):
+            raise StateError("a waiting request holds blocks", remedy="report this as a bug with the stack trace")
+
+    def _schedule_running(self, scheduled: list[ScheduledRequest], preempted: list[Request]) -> int:
+        budget = self._max_num_batched_tokens
+        position = 0
+        while position < len(self.running) and budget > 0:
+            request = self.running[position]
+            num_new_tokens = min(request.num_uncomputed_tokens, budget)
+            if not self._make_room(request, num_new_tokens, preempted):
+                break
+            scheduled.append(ScheduledRequest(request, num_new_tokens))
+            budget -= num_new_tokens
+            position += 1
+        return budget
+
+    def _make_room(self, request: Request, num_new_tokens: int, preempted: list[Request]) -> bool:
+        """Take the missing blocks of a running request; False if it had to give way itself."""
+        num_tokens = request.num_computed_tokens + num_new_tokens
+        missing = blocks_for(num_tokens, self.block_size) - len(request.block_table)
+        if missing <= 0:
+            return True
+        while missing > self.allocator.num_free and len(self.running) > 1:
+            victim = self.running[-1]
+            self._preempt(victim)
+            preempted.append(victim)
+            if victim is request:
+                return False
+        request.block_table.extend(self.allocator.allocate(missing))
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self.running.pop()
+        self._release(request)
+        request.forget_computed()
+        request.status = RequestStatus.WAITING
+        self.waiting.appendleft(request)
+
+    def _admit(self, scheduled: list[ScheduledRequest], budget: int) -> None:
+        while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
+            request = self.waiting[0]
+            needed = blocks_for(request.num_tokens, self.block_size)
+            # one block for each running request stays free, or the newcomer would soon be preempted by them
+            if needed + len(self.running) > self.allocator.num_free and self.running:
+                return
+            self.waiting.popleft()
+            request.block_table.extend(self.allocator.allocate(needed))
+            request.status = RequestStatus.RUNNING
+            self.running.append(request)
+            num_new_tokens = min(request.num_tokens, budget)
+            scheduled.append(ScheduledRequest(request, num_new_tokens))
+            budget -= num_new_tokens
+
+    def _release(self, request: Request) -> None:
+        self.allocator.free(request.block_table)
+        del request.block_table[:]
