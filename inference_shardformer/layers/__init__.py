@@ -1,0 +1,1 @@
+"""Parallel and plain building blocks of a decoder."""

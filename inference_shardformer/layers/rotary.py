@@ -1,0 +1,60 @@
+"""Rotary embeddings over packed tokens, with Hugging Face's own frequencies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+FrequenciesOfLength = Callable[[int], torch.Tensor]
+
+
+class RotaryEmbedding(nn.Module):
+    """cos and sin of each packed token; the call contract of Hugging Face's rotary modules.
+
+    `inv_freq [head_dim / 2]` and `scaling` come from Hugging Face's initialisation of the model's rope type.
+    """
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, inv_freq: torch.Tensor, scaling: float) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", inv_freq.float(), persistent=False)
+        self.scaling = scaling
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions `[1, num_tokens]` to cos and sin `[1, num_tokens, head_dim]` in the type of `x`."""
+        return self._angles(x, position_ids[:1], self.inv_freq)
+
+    def _angles(
+        self, x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        freqs = positions[..., None].float() * inv_freq
+        angles = torch.cat((freqs, freqs), dim=-1)
+        return (angles.cos() * self.scaling).to(x.dtype), (angles.sin() * self.scaling).to(x.dtype)
+
+
+class LengthDependentRotaryEmbedding(RotaryEmbedding):
+    """Rope types whose frequencies depend on the length of the sequence (dynamic NTK, longrope).
+
+    Frequencies are chosen for each token by its own sequence, so that a request does not depend on its company. The
+    length arrives as a second row of `position_ids`: the prompt's length for prompt tokens, and position + 1 for
+    generated ones, which is what Hugging Face's `generate` uses when it meets the token for the first time.
+    """
+
+    def __init__(self, frequencies: FrequenciesOfLength, base: torch.Tensor, scaling: float) -> None:
+        super().__init__(base, scaling)
+        self._frequencies = frequencies
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[2, num_tokens]` (positions; sequence lengths) to cos and sin `[1, num_tokens, head_dim]`."""
+        lengths, index = torch.unique(position_ids[1], return_inverse=True)
+        table = torch.stack([self._frequencies(length) for length in lengths.tolist()])
+        return self._angles(x, position_ids[:1], table.to(x.device)[index])
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate `x [num_tokens, heads, head_dim]` by cos and sin `[num_tokens, 1, head_dim]`, halves split as in LLaMA."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin

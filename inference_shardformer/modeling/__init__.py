@@ -1,0 +1,1 @@
+"""NoPadding modules: packed tokens, paged cache, bound backend."""

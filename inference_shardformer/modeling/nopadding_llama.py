@@ -1,0 +1,67 @@
+"""LLaMA's attention and MLP over packed tokens. The backend is bound at construction; `forward` chooses nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from inference_shardformer.attention.base import AttentionBackend, AttentionMetadata
+from inference_shardformer.layers.rotary import rotate
+
+
+class NoPaddingLlamaAttention(nn.Module):
+    """Attention of one layer on one rank: fused projections, rotary, paged cache, bound backend.
+
+    Keeps the signature Hugging Face's decoder layer calls; the packed batch arrives as `attn_metadata`.
+    """
+
+    def __init__(self, *, layer_idx: int, qkv_proj: nn.Module, o_proj: nn.Module, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.qkv_proj = qkv_proj
+        self.o_proj = o_proj
+        self.backend = backend
+        spec = backend.spec
+        self.num_heads, self.num_kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        *,
+        attn_metadata: AttentionMetadata,
+        **_: object,
+    ) -> tuple[torch.Tensor, None]:
+        """`[1, num_tokens, hidden_size]` in and out, equal on every rank; Hugging Face expects a second value."""
+        num_tokens = hidden_states.shape[1]
+        qkv = self.qkv_proj(hidden_states).view(
+            num_tokens, -1, self.head_dim
+        )  # [num_tokens, heads + 2 kv_heads, head_dim]
+        cos, sin = (part.view(num_tokens, 1, self.head_dim) for part in position_embeddings)
+        num_rotated = self.num_heads + self.num_kv_heads
+        q, k = rotate(qkv[:, :num_rotated], cos, sin).split((self.num_heads, self.num_kv_heads), dim=1)
+        cache = attn_metadata.kv_cache.layer(self.layer_idx)
+        self.backend.write(k, qkv[:, num_rotated:], cache, attn_metadata)
+        out = self.backend.attend(q, cache, attn_metadata)  # [num_tokens, num_heads, head_dim]
+        return self.o_proj(out.reshape(1, num_tokens, -1)), None
+
+    def extra_repr(self) -> str:
+        """The bound backend and the head counts of this rank."""
+        heads = f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
+        return f"backend={self.backend.name}, {heads}"
+
+
+class NoPaddingLlamaMLP(nn.Module):
+    """Gated MLP of one rank: gate and up fused into one projection."""
+
+    def __init__(self, *, gate_up_proj: nn.Module, down_proj: nn.Module, act_fn: nn.Module) -> None:
+        super().__init__()
+        self.gate_up_proj = gate_up_proj
+        self.down_proj = down_proj
+        self.act_fn = act_fn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., hidden_size]` in and out, equal on every rank."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.act_fn(gate) * up)

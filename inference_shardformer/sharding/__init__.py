@@ -1,0 +1,1 @@
+"""Plans, weight sources and the replacement of modules."""

@@ -1,0 +1,125 @@
+"""A checkpoint folder in Hugging Face format: where its tensors lie, and slices of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from inference_shardformer.errors import CheckpointError
+from inference_shardformer.sharding.plan import SourceSlice, TensorInfo
+from inference_shardformer.sharding.safetensors_file import SafetensorsFile
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth")
+_CHUNK_BYTES = 8 * 2**20  # bounds the memory of reading while types are converted
+
+
+class SafetensorsCheckpoint:
+    """All safetensors files of a folder behind one set of names. Only headers are read on opening."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, SafetensorsFile] = {}
+        self._owner: dict[str, str] = {}
+        try:
+            for name in _file_names(folder):
+                self._files[name] = SafetensorsFile(folder / name)
+                self._owner.update(dict.fromkeys(self._files[name].tensors, name))
+        except CheckpointError:
+            self.close()
+            raise
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Name, shape and type of every tensor, from the headers."""
+        return {name: self._files[file].tensors[name] for name, file in self._owner.items()}
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensor data read so far on this rank."""
+        return sum(file.bytes_read for file in self._files.values())
+
+    def chunks(self, part: SourceSlice) -> Iterator[tuple[int, torch.Tensor]]:
+        """The slice in bounded pieces along the first axis, each with its first row relative to the slice."""
+        file = self._files[self._owner[part.tensor]]
+        info = file.tensors[part.tensor]
+        first, last = (part.start, part.stop) if part.dim == 0 else (0, info.shape[0])
+        for start in range(first, last, rows := _rows_per_chunk(info)):
+            stop = min(start + rows, last)
+            if part.dim == 0:
+                yield start - first, file.read_rows(part.tensor, start, stop)
+            else:
+                yield start, file.read_columns(part.tensor, part.start, part.stop, (start, stop))
+
+    def release(self, part: SourceSlice) -> None:
+        """Nothing to give back: files hold no tensor."""
+
+    def close(self) -> None:
+        """Close every file; idempotent."""
+        for file in self._files.values():
+            file.close()
+
+
+class StateDictSource:
+    """The tensors of a model in memory. A tensor is let go as soon as its last slice was read."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = dict(tensors)
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Name, shape and type of every tensor still held."""
+        return {name: TensorInfo(tuple(tensor.shape), str(tensor.dtype)) for name, tensor in self._tensors.items()}
+
+    def chunks(self, part: SourceSlice) -> Iterator[tuple[int, torch.Tensor]]:
+        """The slice as one piece."""
+        yield 0, self._tensors[part.tensor].detach().narrow(part.dim, part.start, part.stop - part.start)
+
+    def release(self, part: SourceSlice) -> None:
+        """Drop the reference to the slice's tensor."""
+        self._tensors.pop(part.tensor, None)
+
+
+def _rows_per_chunk(info: TensorInfo) -> int:
+    width = 8
+    for axis in info.shape[1:]:
+        width *= axis
+    return max(1, _CHUNK_BYTES // max(1, width))
+
+
+def _file_names(folder: Path) -> list[str]:
+    """Names of the safetensors files of a folder, through its index where there is one."""
+    index = folder / INDEX_NAME
+    if index.is_file():
+        return _indexed_names(index)
+    if (folder / SINGLE_NAME).is_file():
+        return [SINGLE_NAME]
+    found = sorted(path.name for pattern in _PICKLE_PATTERNS for path in folder.glob(pattern))
+    if found:
+        raise CheckpointError(
+            f"{folder}: holds pickled weights only ({', '.join(found[:3])}); reading them can run any code",
+            remedy="convert them once with transformers: model.save_pretrained(folder, safe_serialization=True)",
+        )
+    raise CheckpointError(
+        f"{folder}: holds neither {SINGLE_NAME} nor {INDEX_NAME}",
+        remedy="give the folder of a checkpoint in Hugging Face format with safetensors weights",
+    )
+
+
+def _indexed_names(index: Path) -> list[str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise CheckpointError(f"{index}: is not a valid index: {exc}", remedy="download the file again") from exc
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{index}: names {len(missing)} file(s) that do not exist: {', '.join(missing[:4])}",
+            remedy="complete the download",
+        )
+    return names

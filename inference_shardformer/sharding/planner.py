@@ -1,0 +1,94 @@
+"""Turns a policy's table of rows into a plan, checked in both directions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from inference_shardformer.errors import PolicyError
+from inference_shardformer.sharding.plan import ModulePlan, PlanContext, ShardingPlan, TensorInfo
+from inference_shardformer.sharding.styles import Style, vocab_range
+
+
+@dataclass(frozen=True)
+class StyleRow:
+    """Modules whose path matches `pattern` (`*` stands for one segment) are cut in `style`."""
+
+    pattern: str
+    style: Style
+
+
+@dataclass(frozen=True)
+class ReplaceRow:
+    """Modules whose path matches `pattern` are exchanged as a whole; rows below them plan their parameters."""
+
+    pattern: str
+
+
+Row = StyleRow | ReplaceRow
+
+
+def make_plan(
+    rows: Sequence[Row], *, tensors: Mapping[str, TensorInfo], module_paths: Iterable[str], context: PlanContext
+) -> ShardingPlan:
+    """Match every row with the model's modules and every tensor with a row.
+
+    Raises `PolicyError` for a row that matched nothing and a tensor that no row, or more than one, claims.
+    """
+    paths = sorted(set(module_paths) | {name.rpartition(".")[0] for name in tensors}, key=_natural)
+    modules: list[ModulePlan] = []
+    replaced: list[tuple[str, str]] = []
+    claimed: dict[str, str] = {}
+    for row in rows:
+        matches = _matches(row, paths)
+        if not matches:
+            raise PolicyError(
+                f"the row {row.pattern!r} of the policy matches no module of {context.facts.architecture}",
+                remedy="remove the row or correct its pattern; `*` stands for one segment of the path",
+            )
+        for path in matches:
+            if isinstance(row, ReplaceRow):
+                replaced.append((path, row.pattern))
+            else:
+                _claim(row, path, tensors, claimed)
+                parameters = row.style.plan(path, tensors, context)
+                modules.append(ModulePlan(path, row.pattern, row.style.name, parameters, row.style.tied_to))
+    _check_coverage(tensors, claimed)
+    return ShardingPlan(context.facts, context.layout, tuple(modules), tuple(replaced), vocab_range(context))
+
+
+def _natural(path: str) -> list[tuple[int, int | str]]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in path.split(".")]
+
+
+def _matches(row: Row, paths: Sequence[str]) -> list[str]:
+    """Module paths a row applies to; a fused row is found by the first of its sources."""
+    parent, _, leaf = row.pattern.rpartition(".")
+    fused = isinstance(row, StyleRow) and row.style.sources
+    pattern = f"{parent}.{row.style.sources[0]}" if isinstance(row, StyleRow) and fused else row.pattern
+    regex = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
+    found = [path for path in paths if regex.fullmatch(path)]
+    return [f"{path.rpartition('.')[0]}.{leaf}" for path in found] if fused else found
+
+
+def _claim(row: StyleRow, path: str, tensors: Mapping[str, TensorInfo], claimed: dict[str, str]) -> None:
+    parent = path.rpartition(".")[0]
+    owners = [f"{parent}.{source}." for source in row.style.sources] or [f"{path}."]
+    for name in tensors:
+        if any(name.startswith(owner) for owner in owners):
+            if name in claimed:
+                raise PolicyError(
+                    f"the rows {claimed[name]!r} and {row.pattern!r} both claim {name}",
+                    remedy="make the patterns of the policy exclude each other",
+                )
+            claimed[name] = row.pattern
+
+
+def _check_coverage(tensors: Mapping[str, TensorInfo], claimed: Mapping[str, str]) -> None:
+    orphans = [name for name in tensors if name not in claimed]
+    if orphans:
+        raise PolicyError(
+            f"no row of the policy covers {len(orphans)} parameter(s): {', '.join(orphans[:8])}",
+            remedy="add a row for them (replicate(...) keeps a module whole on every rank)",
+        )

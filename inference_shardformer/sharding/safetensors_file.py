@@ -1,0 +1,134 @@
+"""Reads slices of one safetensors file straight into place: no mapping, so peak memory is what is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from inference_shardformer.errors import CheckpointError
+from inference_shardformer.sharding.plan import TensorInfo
+
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
+_REMEDY = "download or copy the file again, and compare its size and checksum with the original"
+
+
+class _Entry(NamedTuple):
+    info: TensorInfo
+    begin: int  # first byte in the file
+    end: int
+
+
+class SafetensorsFile:
+    """One open safetensors file (format: 8-byte little-endian header length, JSON header, raw tensors).
+
+    The header is checked against the file's size, so that a truncated file is refused before anything is read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.bytes_read = 0
+        try:
+            self._fd = os.open(path, os.O_RDONLY)
+        except OSError as exc:
+            raise CheckpointError(f"{path}: cannot be opened: {exc.strerror}", remedy=_REMEDY) from exc
+        try:
+            self._entries = self._read_header()
+        except CheckpointError:
+            os.close(self._fd)
+            raise
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Name, shape and type of every tensor, from the header."""
+        return {name: entry.info for name, entry in self._entries.items()}
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `[start, stop)` of the first axis, in the file's own type."""
+        entry = self._entries[name]
+        out = torch.empty((stop - start, *entry.info.shape[1:]), dtype=TORCH_DTYPES[entry.info.dtype])
+        row = out.nbytes // max(1, stop - start)
+        self._read_into(_bytes_of(out), entry.begin + start * row, name)
+        return out
+
+    def read_columns(self, name: str, start: int, stop: int, rows: tuple[int, int]) -> torch.Tensor:
+        """Columns `[start, stop)` of the rows `[rows[0], rows[1])` of a matrix, in the file's own type."""
+        entry = self._entries[name]
+        dtype = TORCH_DTYPES[entry.info.dtype]
+        width = entry.info.shape[1] * dtype.itemsize
+        out = torch.empty((rows[1] - rows[0], stop - start), dtype=dtype)
+        view, part = _bytes_of(out), (stop - start) * dtype.itemsize
+        for index, row in enumerate(range(*rows)):
+            self._read_into(
+                view[index * part : (index + 1) * part], entry.begin + row * width + start * dtype.itemsize, name
+            )
+        return out
+
+    def close(self) -> None:
+        """Close the file; idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _read_into(self, view: memoryview, offset: int, name: str) -> None:
+        while view:
+            count = os.preadv(self._fd, [view], offset)
+            if count == 0:
+                raise CheckpointError(f"{self.path}: ended while reading {name} at byte {offset}", remedy=_REMEDY)
+            self.bytes_read += count
+            offset += count
+            view = view[count:]
+
+    def _read_header(self) -> dict[str, _Entry]:
+        size = os.fstat(self._fd).st_size
+        length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
+        if size < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+            raise CheckpointError(
+                f"{self.path}: {size} bytes cannot hold the header of {length} bytes that it announces", remedy=_REMEDY
+            )
+        try:
+            header = json.loads(os.pread(self._fd, length, 8))
+            entries = {
+                name: _Entry(
+                    TensorInfo(tuple(item["shape"]), item["dtype"]), *(8 + length + o for o in item["data_offsets"])
+                )
+                for name, item in header.items()
+                if name != "__metadata__"
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+            raise CheckpointError(f"{self.path}: its header is not valid safetensors: {exc}", remedy=_REMEDY) from exc
+        for name, entry in entries.items():
+            self._check(name, entry, size)
+        return entries
+
+    def _check(self, name: str, entry: _Entry, size: int) -> None:
+        dtype = TORCH_DTYPES.get(entry.info.dtype)
+        if dtype is None:
+            raise CheckpointError(
+                f"{self.path}: {name} has type {entry.info.dtype}, which is not supported",
+                remedy=f"convert the checkpoint to one of {', '.join(TORCH_DTYPES)}",
+            )
+        expected = dtype.itemsize
+        for axis in entry.info.shape:
+            expected *= axis
+        if entry.end > size or entry.end - entry.begin != expected:
+            raise CheckpointError(
+                f"{self.path}: {name} needs {expected} bytes up to byte {entry.end}, the file has {size}: it is "
+                "truncated or corrupt",
+                remedy=_REMEDY,
+            )
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor as writable bytes."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,122 @@
+"""What a policy is: facts of a model, a table of rows, and the tensor-parallel sizes it allows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from inference_shardformer.attention.base import AttentionBackend, AttentionSpec
+from inference_shardformer.config.model import ModelFacts
+from inference_shardformer.distributed.tensor_parallel import TensorParallelGroup
+from inference_shardformer.errors import TensorParallelSizeError
+from inference_shardformer.sharding.plan import ModulePlan, RankLayout
+from inference_shardformer.sharding.planner import ReplaceRow, StyleRow
+from inference_shardformer.sharding.styles import rank_heads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """Everything a module needs, bound at construction. `backend` was selected and proven before."""
+
+    facts: ModelFacts
+    hf_config: PreTrainedConfig
+    group: TensorParallelGroup
+    backend: AttentionBackend
+    vocab_range: tuple[int, int]
+
+
+class ParallelFactory(Protocol):
+    """Builds the module of one planned path."""
+
+    def __call__(self, module: ModulePlan, native: nn.Module | None, context: BuildContext) -> nn.Module:
+        """`native` is what stands at the path now; fused modules have none."""
+
+
+class ReplacementFactory(Protocol):
+    """Builds the module that takes a native one's place, of the planned children below it."""
+
+    def __call__(self, native: nn.Module, children: Mapping[str, nn.Module], context: BuildContext) -> nn.Module:
+        """`children` are keyed by their path below the native module."""
+
+
+@dataclass(frozen=True)
+class StyleEntry:
+    """A table row that cuts modules over ranks, and what is built for them."""
+
+    row: StyleRow
+    build: ParallelFactory
+
+
+@dataclass(frozen=True)
+class ReplaceEntry:
+    """A table row that exchanges modules of one exact native class."""
+
+    row: ReplaceRow
+    native_class: str
+    build: ReplacementFactory
+
+
+PolicyEntry = StyleEntry | ReplaceEntry
+
+
+class Policy(ABC):
+    """How one family of models is sharded. Stateless; the plan it leads to is data."""
+
+    contract_version: ClassVar[int] = 1
+    architectures: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def facts(self, hf_config: PreTrainedConfig) -> ModelFacts:
+        """Read the facts of a model, refusing by name what this policy does not serve."""
+
+    @abstractmethod
+    def table(self, facts: ModelFacts) -> tuple[PolicyEntry, ...]:
+        """The rows: module-name pattern to style, or to the module that replaces it."""
+
+    def optional_tensors(self, facts: ModelFacts) -> frozenset[str]:
+        """Checkpoint tensors that may be present or absent without meaning anything."""
+        return frozenset({"lm_head.weight"}) if facts.tie_word_embeddings else frozenset()
+
+    def tp_size_problem(self, facts: ModelFacts, tp_size: int) -> str | None:
+        """Why this tensor-parallel size is impossible, or `None`."""
+        heads, kv_heads = facts.total_num_heads, facts.total_num_kv_heads
+        if heads % tp_size:
+            return f"num_attention_heads={heads} is not a multiple of {tp_size}"
+        if kv_heads % tp_size and tp_size % kv_heads:
+            return f"num_key_value_heads={kv_heads} neither divides {tp_size} nor is divided by it"
+        if facts.intermediate_size % tp_size:
+            return f"intermediate_size={facts.intermediate_size} is not a multiple of {tp_size}"
+        return None
+
+    def check_tp_size(self, facts: ModelFacts, tp_size: int) -> None:
+        """Refuse an impossible tensor-parallel size, naming the possible ones and why."""
+        problem = self.tp_size_problem(facts, tp_size)
+        if problem is not None:
+            legal = [n for n in range(1, facts.total_num_heads + 1) if self.tp_size_problem(facts, n) is None]
+            raise TensorParallelSizeError(
+                f"tp_size={tp_size} is impossible for this {facts.architecture}: {problem}",
+                remedy=f"use one of {', '.join(map(str, legal))}: each divides the attention heads and the MLP, and "
+                "divides the key/value heads or is a multiple of them",
+            )
+
+    def attention_spec(
+        self, facts: ModelFacts, layout: RankLayout, *, dtype: torch.dtype, device: torch.device, block_size: int
+    ) -> AttentionSpec:
+        """What an attention backend must serve on this rank."""
+        return AttentionSpec(
+            num_heads=rank_heads(facts.total_num_heads, *layout)[1],
+            num_kv_heads=rank_heads(facts.total_num_kv_heads, *layout)[1],
+            head_dim=facts.head_dim,
+            scale=facts.head_dim**-0.5,
+            dtype=dtype,
+            device=device,
+            block_size=block_size,
+        )

@@ -1,0 +1,71 @@
+"""Facts of a decoder-only model from its Hugging Face configuration, whichever version wrote it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from inference_shardformer.config.model import ModelFacts
+from inference_shardformer.errors import CheckpointError
+from inference_shardformer.policies.rotary import LENGTH_DEPENDENT_ROPE_TYPES, context_length, rope_settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def decoder_facts(hf_config: PreTrainedConfig, *, architecture: str) -> ModelFacts:
+    """Facts of a LLaMA-shaped configuration.
+
+    Raises `CheckpointError` for quantised checkpoints and for a configuration whose head counts contradict each other.
+    """
+    if getattr(hf_config, "quantization_config", None):
+        raise CheckpointError(
+            f"this {architecture} is quantised ({_quantisation(hf_config)}), which is not supported",
+            remedy="use the unquantised checkpoint",
+        )
+    heads = int(hf_config.num_attention_heads)
+    kv_heads = int(getattr(hf_config, "num_key_value_heads", None) or heads)
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}",
+            remedy="correct config.json",
+        )
+    return ModelFacts(
+        architecture=architecture,
+        model_type=str(hf_config.model_type),
+        vocab_size=int(hf_config.vocab_size),
+        hidden_size=int(hf_config.hidden_size),
+        intermediate_size=int(hf_config.intermediate_size),
+        num_layers=int(hf_config.num_hidden_layers),
+        total_num_heads=heads,
+        total_num_kv_heads=kv_heads,
+        head_dim=int(getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads),
+        max_position_embeddings=context_length(hf_config),
+        eos_token_ids=token_ids(hf_config.eos_token_id),
+        tie_word_embeddings=bool(hf_config.tie_word_embeddings),
+        checkpoint_dtype=_checkpoint_dtype(hf_config),
+        length_dependent_rope=rope_settings(hf_config)["rope_type"] in LENGTH_DEPENDENT_ROPE_TYPES,
+    )
+
+
+def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    """Token ids of a configuration field that holds one, several or none."""
+    if value is None:
+        return ()
+    return (int(value),) if isinstance(value, int) else tuple(int(item) for item in value)
+
+
+def _checkpoint_dtype(hf_config: PreTrainedConfig) -> str | None:
+    dtype = getattr(hf_config, "dtype", None) or getattr(hf_config, "torch_dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), None)
+    return _DTYPE_NAMES.get(dtype) if dtype is not None else None
+
+
+def _quantisation(hf_config: PreTrainedConfig) -> str:
+    settings = hf_config.quantization_config
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    return str(method or "unnamed method")

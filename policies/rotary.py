@@ -1,0 +1,52 @@
+"""Our rotary module made from a Hugging Face one, for every rope type Hugging Face initialises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from inference_shardformer.layers.rotary import LengthDependentRotaryEmbedding, RotaryEmbedding
+from inference_shardformer.policies.base import BuildContext
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+LENGTH_DEPENDENT_ROPE_TYPES = ("dynamic", "longrope")
+
+
+def rope_settings(hf_config: PreTrainedConfig) -> dict[str, object]:
+    """The rope parameters of a configuration, whichever transformers version wrote it; always has `rope_type`."""
+    settings = getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_scaling", None) or {}
+    rope_type = settings.get("rope_type", settings.get("type", "default"))
+    return {**settings, "rope_type": rope_type}
+
+
+def context_length(hf_config: PreTrainedConfig) -> int:
+    """Tokens the model's rope serves; dynamic NTK stretches the trained length by its factor."""
+    settings = rope_settings(hf_config)
+    length = int(hf_config.max_position_embeddings)
+    return int(length * float(str(settings["factor"]))) if settings["rope_type"] == "dynamic" else length
+
+
+def rotary_from_native(native: nn.Module, children: Mapping[str, nn.Module], context: BuildContext) -> nn.Module:
+    """Ask the native class for its frequencies with real values, and keep those alone."""
+    config = context.hf_config
+    with torch.device("cpu"):
+        real = type(native)(config=config)
+    rope_type = str(rope_settings(config)["rope_type"])
+    if rope_type not in LENGTH_DEPENDENT_ROPE_TYPES:
+        return RotaryEmbedding(real.inv_freq, real.attention_scaling)
+
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    initialise = ROPE_INIT_FUNCTIONS[rope_type]
+
+    @lru_cache(maxsize=4096)
+    def frequencies(length: int) -> torch.Tensor:
+        return initialise(config, torch.device("cpu"), seq_len=length)[0]
+
+    return LengthDependentRotaryEmbedding(frequencies, real.inv_freq, real.attention_scaling)
