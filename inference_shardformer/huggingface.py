@@ -1,0 +1,119 @@
+"""What we ask of transformers: configuration, model on the meta device, end-of-sequence ids, no T x T masks."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from inference_shardformer.errors import CheckpointError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+def locate_checkpoint(path_or_hub_id: str | Path) -> Path:
+    """The local folder of a checkpoint; a hub id is downloaded (without weights in other formats) first."""
+    folder = Path(path_or_hub_id).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(
+                f"{folder}: holds no config.json, so it is not a checkpoint in Hugging Face format",
+                remedy="give the folder that config.json and model.safetensors lie in",
+            )
+        return folder
+    name = str(path_or_hub_id)
+    if folder.exists() or folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise CheckpointError(
+            f"{name}: no such folder, and not a hub id of the form `owner/name`",
+            remedy="give the folder of a checkpoint, or a hub id",
+        )
+    return _download(name)
+
+
+def load_hf_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
+    """Read config.json as transformers understands it."""
+    from huggingface_hub import errors
+    from transformers import AutoConfig
+
+    strict = getattr(errors, "StrictDataclassError", ValueError)  # what transformers 5 raises for a field's value
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (strict, ValueError, OSError, KeyError, TypeError, AttributeError) as exc:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: transformers cannot read it: {exc}",
+            remedy="correct the file; code that comes with a checkpoint runs only with "
+            "inference.weights.trust_remote_code=true",
+        ) from exc
+
+
+def architecture_of(hf_config: PreTrainedConfig) -> str:
+    """The first architecture a checkpoint's configuration names, such as `LlamaForCausalLM`."""
+    names = getattr(hf_config, "architectures", None) or []
+    if not names:
+        raise UnsupportedModelError(
+            f"config.json (model_type {hf_config.model_type!r}) names no architecture",
+            remedy='add `"architectures": ["LlamaForCausalLM"]`, or the one the weights belong to',
+        )
+    return str(names[0])
+
+
+def build_on_meta(hf_config: PreTrainedConfig, architecture: str) -> PreTrainedModel:
+    """The unsharded model without memory: every parameter on the meta device."""
+    import transformers
+
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} has no class {architecture!r}",
+            remedy="upgrade transformers, or correct `architectures` in config.json",
+        )
+    with torch.device("meta"):
+        return model_class(hf_config)
+
+
+def eos_token_ids(source: Path | PreTrainedModel, hf_config: PreTrainedConfig) -> int | list[int] | None:
+    """End-of-sequence ids as `generate` would take them: the generation configuration's, else the model's."""
+    generation = getattr(source, "generation_config", None) if not isinstance(source, Path) else _generation(source)
+    eos = getattr(generation, "eos_token_id", None)
+    return eos if eos is not None else getattr(hf_config, "eos_token_id", None)
+
+
+def skip_attention_masks(hf_config: PreTrainedConfig) -> None:
+    """Name an attention implementation for which transformers builds no mask: ours reads the packed batch instead.
+
+    Since 4.53 any unknown name means that; before, the name of flash attention did.
+    """
+    has_mask_interface = find_spec("transformers.masking_utils") is not None
+    hf_config._attn_implementation = "nopadding" if has_mask_interface else "flash_attention_2"
+
+
+def _generation(folder: Path) -> object:
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (ValueError, OSError, TypeError) as exc:
+        raise CheckpointError(
+            f"{folder / 'generation_config.json'}: transformers cannot read it: {exc}",
+            remedy="correct or remove the file",
+        ) from exc
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(_CHECKPOINT_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as exc:
+        raise CheckpointError(
+            f"{hub_id!r} is neither a local folder nor a hub id that can be reached: {type(exc).__name__}",
+            remedy="check the spelling, the network and access rights, or give a local folder",
+        ) from exc
