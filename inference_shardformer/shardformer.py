@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from inference_shardformer.config.inference import InferenceConfig
 from inference_shardformer.config.origins import Origin
+from inference_shardformer.config.provenance import call_provenance
 from inference_shardformer.config.shard import ShardConfig
 from inference_shardformer.engine.engine import InferenceEngine
 from inference_shardformer.errors import StateError
@@ -65,9 +66,9 @@ class InferenceShardformer:
         process_group: dist.ProcessGroup | None = None,
         provenance: Mapping[str, Origin] | None = None,
     ) -> None:
-        self._asked = Asked(
-            shard_config or ShardConfig(), inference_config or InferenceConfig(), dict(provenance or {})
-        )
+        shard, inference = shard_config or ShardConfig(), inference_config or InferenceConfig()
+        origins = call_provenance(shard, inference) if provenance is None else provenance
+        self._asked = Asked(shard, inference, dict(origins))
         self._process_group = process_group
         self._ranks: Ranks | None = None
         self._prepared: Prepared | None = None

@@ -59,7 +59,8 @@ def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 
 def _checkpoint_dtype(hf_config: PreTrainedConfig) -> str | None:
-    dtype = getattr(hf_config, "dtype", None) or getattr(hf_config, "torch_dtype", None)
+    name = "dtype" if hasattr(hf_config, "dtype") else "torch_dtype"  # transformers 4 knew the second alone
+    dtype = getattr(hf_config, name, None)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), None)
     return _DTYPE_NAMES.get(dtype) if dtype is not None else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from torch import nn
 
@@ -47,8 +47,8 @@ class LlamaPolicy(Policy):
 
 
 def _attention(native: nn.Module, children: Mapping[str, nn.Module], context: BuildContext) -> nn.Module:
-    return NoPaddingLlamaAttention(layer_idx=native.layer_idx, backend=context.backend, **children)
+    return NoPaddingLlamaAttention(layer_idx=cast("int", native.layer_idx), backend=context.backend, **children)
 
 
 def _mlp(native: nn.Module, children: Mapping[str, nn.Module], context: BuildContext) -> nn.Module:
-    return NoPaddingLlamaMLP(act_fn=native.act_fn, **children)
+    return NoPaddingLlamaMLP(act_fn=cast("nn.Module", native.act_fn), **children)

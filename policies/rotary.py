@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import nn
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 LENGTH_DEPENDENT_ROPE_TYPES = ("dynamic", "longrope")
+
+
+class _NativeRotary(Protocol):
+    inv_freq: torch.Tensor
+    attention_scaling: float
 
 
 def rope_settings(hf_config: PreTrainedConfig) -> dict[str, object]:
@@ -36,7 +41,7 @@ def rotary_from_native(native: nn.Module, children: Mapping[str, nn.Module], con
     """Ask the native class for its frequencies with real values, and keep those alone."""
     config = context.hf_config
     with torch.device("cpu"):
-        real = type(native)(config=config)
+        real = cast("_NativeRotary", type(native)(config=config))
     rope_type = str(rope_settings(config)["rope_type"])
     if rope_type not in LENGTH_DEPENDENT_ROPE_TYPES:
         return RotaryEmbedding(real.inv_freq, real.attention_scaling)

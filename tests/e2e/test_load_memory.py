@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from ranks import run_ranks
 from tiny_models import save_tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
-
-SUPPORT = Path(__file__).parents[1] / "support"
 
 SHAPE = {
     "vocab_size": 32000,
@@ -31,12 +28,9 @@ def test_each_rank_reads_and_holds_its_share(tmp_path: Path) -> None:
     whole = sum(parameter.nbytes for parameter in model.parameters())
     replicated = sum(parameter.nbytes for name, parameter in model.named_parameters() if "norm" in name)
     del model
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     folders = [str(tmp_path / "small"), str(tmp_path / "large"), str(tmp_path)]
-    done = subprocess.run(
-        [*command, str(SUPPORT / "load_ranks.py"), *folders], capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    for rank in run_ranks("load_ranks.py", *folders, nproc=2, timeout_s=200):
+        assert rank.returncode == 0, rank.stderr[-4000:]
     share = (whole - replicated) // 2 + replicated
     for rank in (0, 1):
         report = json.loads((tmp_path / f"{rank}.json").read_text())

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from ranks import run_ranks
 from tiny_models import CASES, hf_greedy, ragged_prompts, save_tiny_model
-
-SUPPORT = Path(__file__).parents[1] / "support"
 
 MAX_NEW_TOKENS = 12
 NUM_REQUESTS = {"gqa": 40, "rope_dynamic": 8, "rope_longrope": 8}  # the others: 5
@@ -36,15 +33,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
 def test_tokens_equal_hugging_face(work: tuple[Path, dict[str, list[list[int]]]], tp_size: int) -> None:
     folder, expected = work
     out = folder / f"tp{tp_size}.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(tp_size), "--standalone"]
-    done = subprocess.run(
-        [*command, str(SUPPORT / "parity_ranks.py"), str(folder), str(out)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    for rank in run_ranks("parity_ranks.py", str(folder), str(out), nproc=tp_size, timeout_s=300):
+        assert rank.returncode == 0, rank.stderr[-4000:]
     results = json.loads(out.read_text())
     wrong = [
         f"{case} through {route}"

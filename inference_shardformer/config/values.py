@@ -1,0 +1,12 @@
+"""Types of configuration values: strict, so that text and true are no numbers. Bounds are part of the type."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+Bytes = Annotated[int, Field(strict=True, gt=1)]
+Share = Annotated[float, Field(strict=True, gt=0, le=1)]
+Auto = Literal["auto"]
