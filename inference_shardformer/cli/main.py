@@ -1,0 +1,62 @@
+"""The command `inference-shardformer`: parse, run one sub-command, turn every error into a block and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from inference_shardformer.cli import bench as bench_command
+from inference_shardformer.cli import generate as generate_command
+from inference_shardformer.cli.parser import ArgumentParser, add_version
+from inference_shardformer.cli.ranks import has_launcher_of_ours, is_main_rank, note_reported
+from inference_shardformer.cli.report import EXIT_INTERNAL, EXIT_INTERRUPTED, report_error, unexpected
+from inference_shardformer.errors import InferenceShardformerError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns its exit code and never raises."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = build_parser().parse_args(words)
+        code = int(args.run(args, words))
+        if code and is_main_rank():
+            note_reported()
+        return code
+    except SystemExit as exc:  # --help and --version
+        return exc.code if isinstance(exc.code, int) else 0
+    except KeyboardInterrupt:
+        if is_main_rank() and not has_launcher_of_ours():
+            print("interrupted", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone; nothing more can be said to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_INTERNAL
+    except InferenceShardformerError as exc:
+        return _fail(exc, words)
+    except Exception as exc:  # noqa: BLE001 - the process boundary
+        return _fail(unexpected(exc), words)
+
+
+def build_parser() -> ArgumentParser:
+    """The parser with every sub-command."""
+    parser = ArgumentParser(
+        prog="inference-shardformer", description="Shard a Hugging Face decoder across ranks and generate with it."
+    )
+    add_version(parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=ArgumentParser)
+    generate_command.add_command(commands)
+    bench_command.add_command(commands)
+    return parser
+
+
+def _fail(error: InferenceShardformerError, words: Sequence[str]) -> int:
+    """Report on the main rank, and return the exit code that all ranks share."""
+    if is_main_rank():
+        report_error(error, as_json="--json" in words, debug="--debug" in words)
+        note_reported()
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""The argument parser: one parent for what every command shares, usage errors as typed errors."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+from inference_shardformer.cli.report import UsageError
+from inference_shardformer.config.fields import all_fields
+from inference_shardformer.config.loader import Flag, LoadedConfig, load_config
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction["ArgumentParser"]
+
+
+class ConfigFlag(NamedTuple):
+    """A flag that stands for one configuration field."""
+
+    name: str
+    path: str
+    metavar: str
+
+    @property
+    def dest(self) -> str:
+        """The attribute under which argparse keeps it."""
+        return self.name.strip("-").replace("-", "_")
+
+
+ENGINE_FLAGS = (
+    ConfigFlag("--tp", "shard.tp_size", "N"),
+    ConfigFlag("--dtype", "inference.dtype", "fp32|bf16|fp16"),
+    ConfigFlag("--device", "shard.device", "cpu|cuda"),
+    ConfigFlag("--attention-backend", "inference.attention.backend", "NAME"),
+)
+GENERATE_FLAGS = (
+    ConfigFlag("--max-num-seqs", "inference.scheduler.max_num_seqs", "N"),
+    ConfigFlag("--max-new-tokens", "inference.sampling.max_new_tokens", "N"),
+    ConfigFlag("--temperature", "inference.sampling.temperature", "T"),
+    ConfigFlag("--top-k", "inference.sampling.top_k", "K"),
+    ConfigFlag("--top-p", "inference.sampling.top_p", "P"),
+    ConfigFlag("--seed", "inference.seed", "S"),
+)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argparse parser that raises `UsageError` and suggests the nearest option."""
+
+    def __init__(self, **kwargs: object) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)  # type: ignore[arg-type]
+        self._given: list[str] = []
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse, and refuse what is left over here, where the options that it may have meant are known."""
+        self._given = list(args or ())
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing, so that every error leaves through the same door."""
+        options = [option for action in self._actions for option in action.option_strings]
+        given = [word.split("=")[0] for word in self._given if word.startswith("--")]
+        near = [difflib.get_close_matches(word, options, n=1, cutoff=0.7) for word in given if word not in options]
+        meant = [match[0] for match in near if match]
+        question = f"did you mean {' and '.join(meant)}? " if meant else ""
+        raise UsageError(f"{self.prog}: {message}", remedy=f"{question}`{self.prog} --help` lists what is accepted")
+
+
+def add_model_options(parser: ArgumentParser) -> None:
+    """Options of every command that runs a model."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="PATH|HUB_ID|demo",
+        help="checkpoint folder, Hub id, or the shipped demo model",
+    )
+    add_config_flags(parser, ENGINE_FLAGS)
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="FILE", help="YAML, JSON or TOML; later files win; repeatable"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="sets",
+        metavar="PATH=VALUE",
+        help="one setting, for example cache.block_size=32; repeatable",
+    )
+    parser.add_argument("--json", action="store_true", help="machine-readable results on standard output")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_config_flags(parser: ArgumentParser, flags: tuple[ConfigFlag, ...]) -> None:
+    """Flags whose text the configuration validates; the help is the field's own description."""
+    for flag in flags:
+        parser.add_argument(flag.name, metavar=flag.metavar, help=all_fields()[flag.path].description)
+
+
+def add_version(parser: ArgumentParser) -> None:
+    """`--version`."""
+    parser.add_argument(
+        "--version", action="version", version=f"inference-shardformer {version('inference-shardformer')}"
+    )
+
+
+def load_from_args(args: argparse.Namespace, *, extra: tuple[Flag, ...] = ()) -> LoadedConfig:
+    """The configuration of a parsed command line, from its files, the environment, `--set` and flags."""
+    given = [
+        Flag(flag.name, flag.path, getattr(args, flag.dest))
+        for flag in (*ENGINE_FLAGS, *GENERATE_FLAGS)
+        if getattr(args, flag.dest, None) is not None
+    ]
+    return load_config(files=args.config, environ=os.environ, sets=args.sets, flags=[*given, *extra])

@@ -1,0 +1,68 @@
+"""Session: a loaded model with its engine, opened and closed the same way by every command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from inference_shardformer.cli.models import has_tokenizer
+from inference_shardformer.cli.terminal import Terminal
+from inference_shardformer.config.loader import LoadedConfig
+from inference_shardformer.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from inference_shardformer import InferenceEngine, InferenceShardformer
+
+_SHOWN = (
+    ("tp_size", "shard.tp_size"),
+    ("device", "shard.device"),
+    ("dtype", "inference.dtype"),
+    ("attention", "inference.attention.backend"),
+)
+
+
+class Session(NamedTuple):
+    """What a command works with on one rank."""
+
+    shardformer: InferenceShardformer
+    engine: InferenceEngine
+
+
+@contextmanager
+def open_session(model: str, loaded: LoadedConfig, terminal: Terminal, *, with_tokenizer: bool) -> Iterator[Session]:
+    """Load `model` (a folder or Hub id) on this rank, say what was decided, and close everything at the end."""
+    from inference_shardformer import InferenceShardformer
+    from inference_shardformer.huggingface import locate_checkpoint
+
+    terminal.note(f"model      {model}")
+    folder = locate_checkpoint(model)
+    tokenizer = _load_tokenizer(folder) if with_tokenizer and has_tokenizer(str(folder)) else None
+    shardformer = InferenceShardformer(loaded.shard, loaded.inference, provenance=loaded.provenance)
+    try:
+        with terminal.loading() as progress:
+            sharded = shardformer.from_pretrained(folder, progress=progress)
+        engine = shardformer.attach(sharded, tokenizer=tokenizer)
+        decisions = {decision.path: decision for decision in engine.config.decisions}
+        for label, path in _SHOWN:
+            decision = decisions[path]
+            why = decision.reason if decision.origin == "default" else f"{decision.origin}; {decision.reason}"
+            terminal.note(f"{label:<10} {decision.value} ({why.strip('; ') or decision.origin})")
+        yield Session(shardformer, engine)
+    finally:
+        shardformer.close()
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise CheckpointError(
+            f"{folder}: its tokenizer cannot be loaded: {exc}",
+            remedy="repair or remove the tokenizer files; without them give prompts as token ids",
+        ) from exc

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# From a fresh clone to generated text: makes .venv, installs, and runs the demo model on two CPU ranks.
+# Further arguments go to `inference-shardformer generate`, for example: --prompt "class Stack:" --max-new-tokens 200
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/lib_venv.sh"
+ensure_installed
+
+prompt=(--prompt "def fibonacci(n):")
+case " $* " in *" --prompt"*) prompt=() ;; esac
+exec "$VENV/bin/inference-shardformer" generate --model demo --tp 2 "${prompt[@]}" "$@"
