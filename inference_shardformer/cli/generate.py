@@ -76,11 +76,17 @@ def prepare(args: argparse.Namespace) -> Job:
 
 
 def _sampling(prompt: Prompt, loaded: LoadedConfig, args: argparse.Namespace) -> SamplingParams:
-    """Sampling of one prompt. A limit that somebody asked for is binding; the default one gives way to the context."""
+    """Sampling of one prompt. A limit that somebody asked for is binding; the default one gives way to the context.
+
+    A seed that somebody asked for is that of every prompt, so that a prompt draws the same alone and in company.
+    """
     from inference_shardformer import SamplingParams
 
-    is_asked = loaded.provenance["inference.sampling.max_new_tokens"] != DEFAULT
-    limit = loaded.inference.sampling.max_new_tokens if is_asked else None
+    inference, provenance = loaded.inference, loaded.provenance
+    limit = inference.sampling.max_new_tokens if provenance["inference.sampling.max_new_tokens"] != DEFAULT else None
     return SamplingParams(
-        max_new_tokens=prompt.max_new_tokens or limit, stop=tuple(args.stop), ignore_eos=args.ignore_eos
+        max_new_tokens=prompt.max_new_tokens or limit,
+        seed=inference.seed if provenance["inference.seed"] != DEFAULT else None,
+        stop=tuple(args.stop),
+        ignore_eos=args.ignore_eos,
     )
