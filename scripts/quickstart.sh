@@ -7,4 +7,5 @@ ensure_installed
 
 prompt=(--prompt "def fibonacci(n):")
 case " $* " in *" --prompt"*) prompt=() ;; esac
-exec "$VENV/bin/inference-shardformer" generate --model demo --tp 2 "${prompt[@]}" "$@"
+sampling=(--temperature 0.7 --top-p 0.9 --seed 2 --max-new-tokens 96) # a small model loops when it is greedy
+exec "$VENV/bin/inference-shardformer" generate --model demo --tp 2 "${sampling[@]}" "${prompt[@]}" "$@"
