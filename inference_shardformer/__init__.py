@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "ConfigSources": "inference_shardformer.config.sources",
     "InferenceConfig": "inference_shardformer.config.inference",
     "InferenceEngine": "inference_shardformer.engine.engine",
     "InferenceShardformer": "inference_shardformer.shardformer",
@@ -15,8 +16,10 @@ _EXPORTS = {
     "RequestOutput": "inference_shardformer.engine.outputs",
     "SamplingParams": "inference_shardformer.engine.sampling_params",
     "ShardConfig": "inference_shardformer.config.shard",
+    "explain": "inference_shardformer.offline",
 }
 __all__ = [
+    "ConfigSources",
     "InferenceConfig",
     "InferenceEngine",
     "InferenceShardformer",
@@ -25,15 +28,18 @@ __all__ = [
     "SamplingParams",
     "ShardConfig",
     "__version__",
+    "explain",
 ]
 
 if TYPE_CHECKING:
     from inference_shardformer.config.inference import InferenceConfig
     from inference_shardformer.config.shard import ShardConfig
+    from inference_shardformer.config.sources import ConfigSources
     from inference_shardformer.engine.engine import InferenceEngine
     from inference_shardformer.engine.outputs import RequestOutput
     from inference_shardformer.engine.sampling_params import SamplingParams
     from inference_shardformer.errors import InferenceShardformerError
+    from inference_shardformer.offline import explain
     from inference_shardformer.shardformer import InferenceShardformer
 
 

@@ -2,6 +2,9 @@
 
 InferenceShardformerError
 ├── ConfigError (ValueError)            a configuration value is wrong, unknown or in conflict
+│   ├── ConfigVeto                      a subscriber refused a live update
+│   ├── QueuedUpdateError               a live update took effect, but not what its callbacks asked for
+│   └── UnknownSettingError (KeyError, AttributeError)  a name that is no setting
 ├── PolicyError (ValueError)            the model cannot be sharded as asked
 │   ├── UnsupportedModelError           no policy for this architecture
 │   └── TensorParallelSizeError         this tp size is impossible for this model

@@ -1,30 +1,188 @@
-"""The text of `explain`: what was decided and why."""
+"""Explanation: what was decided and why, as text for people and as a stable object for programs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TypedDict
+
+from inference_shardformer.attention.selector import Selection
+from inference_shardformer.config.effects import ConfigEvent
+from inference_shardformer.config.fields import all_fields
+from inference_shardformer.config.migrate.schema import SCHEMA_VERSION
+from inference_shardformer.config.model import ModelFacts
+from inference_shardformer.config.mutability import mutability_of
+from inference_shardformer.config.resolved import Decision, ResolvedConfig
+from inference_shardformer.config.violations import show
+from inference_shardformer.explanation_text import COLUMNS, INDENT, REQUESTS, aligned
 from inference_shardformer.preparation import Prepared
 from inference_shardformer.sharded import Sharded
 
 
-def explain(prepared: Prepared, sharded: Sharded, cache_reason: str) -> str:
-    """Every value with its source and reason, the shards of this rank, and every backend candidate with its verdict."""
-    facts, config = prepared.facts, prepared.config
-    held = sharded.plan.num_bytes(config.torch_dtype.itemsize)
-    lines = [
-        f"{facts.architecture}: {facts.num_layers} layers, {facts.total_num_heads} heads, "
-        f"{facts.total_num_kv_heads} key/value heads, head_dim {facts.head_dim}, vocabulary {facts.vocab_size}",
-        f"tp_size {config.tp_size} on {config.device}: rank {sharded.plan.layout.tp_rank} holds {held / 1e6:.1f} MB of "
-        f"weights and read {sharded.bytes_read / 1e6:.1f} MB from files",
-    ]
-    if cache_reason:
-        lines.append(f"cache: {cache_reason}")
-    lines += ["", "values", *_table([(d.path, d.value, d.origin, d.reason) for d in config.decisions])]
-    lines += ["", "attention backends", prepared.selection.explain()]
-    return "\n".join(lines)
+class BeatenObject(TypedDict):
+    """A value that was given and overridden."""
+
+    value: object
+    origin: str
+    level: str
 
 
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+class ValueObject(TypedDict):
+    """One setting."""
+
+    path: str
+    value: object
+    origin: str
+    level: str
+    reason: str
+    mutability: str
+    beaten: list[BeatenObject]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Every final value with its origin, its reason and what it beat, and what follows from them for one model.
+
+    `rank_bytes` are the bytes of weights of each rank. Without a model there are no `facts`, `rank_bytes` and
+    `selection`, and what hangs on the model reads "auto". `notes` are sentences about the running engine alone.
+    """
+
+    decisions: tuple[Decision, ...]
+    events: tuple[ConfigEvent, ...] = ()
+    facts: ModelFacts | None = None
+    policy: str = ""
+    rank_bytes: tuple[int, ...] = ()
+    selection: Selection | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, object]:
+        """A stable object for programs; the same offline and from a running engine, but for `notes`."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": {**asdict(self.facts), "policy": self.policy} if self.facts else None,
+            "values": [_value_object(decision) for decision in self.decisions],
+            "ranks": [{"rank": rank, "weight_bytes": num_bytes} for rank, num_bytes in enumerate(self.rank_bytes)],
+            "attention": _attention_object(self.selection),
+            "events": [event._asdict() for event in self.events],
+            "notes": list(self.notes),
+        }
+
+    def headline(self) -> list[str]:
+        """The model and its ranks, one fact a line."""
+        if self.facts is None:
+            return ["no model: what hangs on one reads auto (give --model)"]
+        facts = self.facts
+        lines = [
+            f"model    {facts.architecture} by {self.policy}: {facts.num_layers} layers, hidden {facts.hidden_size}, "
+            f"{facts.total_num_heads} heads, {facts.total_num_kv_heads} key/value heads, head_dim {facts.head_dim}, "
+            f"vocabulary {facts.vocab_size}, context {facts.max_position_embeddings}"
+        ]
+        held = [f"rank {rank}: {num_bytes / 1e6:.1f} MB" for rank, num_bytes in enumerate(self.rank_bytes)]
+        return [*lines, f"weights  {', '.join(held)}", *self.notes]
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """The settings as rows of text under `COLUMNS`, below a row for each group; units stand with the values."""
+        rows: list[tuple[str, str, str]] = []
+        current = ""
+        for decision in self.decisions:
+            group, _, name = decision.path.rpartition(".")
+            if group != current:
+                rows.append((group, "", ""))
+            current = group
+            rows.append((f"{INDENT}{name}", _measured(decision), _account(decision)))
+        return rows
+
+    def verdicts(self) -> list[tuple[str, str]]:
+        """Every attention backend with its verdict."""
+        return _verdicts(self.selection) if self.selection else []
+
+    def __str__(self) -> str:
+        return self.as_text()
+
+    def as_text(self, width: int = 120) -> str:
+        """Aligned text within `width` columns."""
+        parts = [*self.headline(), "", *aligned(COLUMNS, self.rows(), width), "", REQUESTS]
+        if self.selection:
+            asked = f"attention backends (asked for: {self.selection.requested})"
+            parts += ["", *aligned((asked, "verdict"), self.verdicts(), width)]
+        if self.events:
+            parts += ["", "let pass by inference.strict=false", *(f"  {event.message}" for event in self.events)]
+        return "\n".join(parts)
+
+
+def explain_engine(prepared: Prepared, sharded: Sharded, config: ResolvedConfig, *, cache_reason: str) -> Explanation:
+    """The explanation of a sharded model; `config` is what holds now."""
+    read = f"rank {sharded.plan.layout.tp_rank} read {sharded.bytes_read / 1e6:.1f} MB from files"
+    return Explanation(
+        decisions=config.decisions,
+        events=prepared.events,
+        facts=prepared.facts,
+        policy=type(prepared.policy).__name__,
+        rank_bytes=sharded.rank_bytes,
+        selection=prepared.selection,
+        notes=(f"loaded   {read}", *([f"cache    {cache_reason}"] if cache_reason else [])),
+    )
+
+
+def _value_object(decision: Decision) -> ValueObject:
+    return {
+        "path": decision.path,
+        "value": decision.value,
+        "origin": str(decision.origin),
+        "level": decision.origin.level.name.lower(),
+        "reason": decision.reason,
+        "mutability": mutability_of(decision.path) if decision.path in all_fields() else "init_only",
+        "beaten": [
+            {"value": item.value, "origin": str(item.origin), "level": item.origin.level.name.lower()}
+            for item in decision.beaten
+        ],
+    }
+
+
+def _attention_object(selection: Selection | None) -> Mapping[str, object] | None:
+    if selection is None:
+        return None
+    return {
+        "requested": selection.requested,
+        "chosen": selection.name,
+        "candidates": [
+            {
+                "name": verdict.name,
+                "verdict": _verdict(selection, verdict.name, verdict.reasons),
+                "reasons": [reason._asdict() for reason in verdict.reasons],
+            }
+            for verdict in selection.verdicts
+        ],
+    }
+
+
+def _verdict(selection: Selection, name: str, reasons: Sequence[object]) -> str:
+    if reasons:
+        return "refused"
+    return "chosen" if name == selection.name else "could serve"
+
+
+def _verdicts(selection: Selection) -> list[tuple[str, str]]:
     return [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        (
+            verdict.name,
+            "; ".join(f"{reason.message} [{reason.code}]" for reason in verdict.reasons)
+            or _verdict(selection, verdict.name, verdict.reasons),
+        )
+        for verdict in selection.verdicts
     ]
+
+
+def _measured(decision: Decision) -> str:
+    """The value with its unit, where it is a number."""
+    known = all_fields().get(decision.path)
+    is_number = isinstance(decision.value, int | float) and not isinstance(decision.value, bool)
+    unit = "" if known is None or not is_number else known.unit.partition(",")[0]
+    return f"{show(decision.value)} {unit}".strip()
+
+
+def _account(decision: Decision) -> str:
+    """Where a value comes from, why it is what it is, and what was overridden."""
+    source = f"{decision.origin}: {decision.reason}" if decision.reason else str(decision.origin)
+    beaten = ", ".join(f"{show(item.value)} ({item.origin})" for item in decision.beaten)
+    return f"{source}, instead of {beaten}" if beaten else source

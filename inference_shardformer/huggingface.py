@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from inference_shardformer.errors import CheckpointError, UnsupportedModelError
+from inference_shardformer.examination import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-_CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+    from inference_shardformer.policies.base import Policy
+
+_SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+_WEIGHTS = ("*.safetensors",)
 
 
-def locate_checkpoint(path_or_hub_id: str | Path) -> Path:
+def locate_checkpoint(path_or_hub_id: str | Path, *, with_weights: bool = True) -> Path:
     """The local folder of a checkpoint; a hub id is downloaded (without weights in other formats) first."""
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
@@ -32,7 +36,14 @@ def locate_checkpoint(path_or_hub_id: str | Path) -> Path:
             f"{name}: no such folder, and not a hub id of the form `owner/name`",
             remedy="give the folder of a checkpoint, or a hub id",
         )
-    return _download(name)
+    return _download(name, (*_SMALL_FILES, *_WEIGHTS) if with_weights else _SMALL_FILES)
+
+
+def read_model(path_or_hub_id: str | Path, policy: Policy | None, *, trust_remote_code: bool) -> ModelSource:
+    """What is known of a checkpoint before its weights; of a hub id the weights are not downloaded."""
+    folder = locate_checkpoint(path_or_hub_id, with_weights=False)
+    hf_config = load_hf_config(folder, trust_remote_code=trust_remote_code)
+    return ModelSource(hf_config, architecture_of(hf_config), eos_token_ids(folder, hf_config), policy)
 
 
 def load_hf_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
@@ -106,12 +117,12 @@ def _generation(folder: Path) -> object:
         ) from exc
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(_CHECKPOINT_FILES)))
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as exc:
         raise CheckpointError(
             f"{hub_id!r} is neither a local folder nor a hub id that can be reached: {type(exc).__name__}",

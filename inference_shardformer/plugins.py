@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
@@ -56,6 +56,11 @@ class Registry(Generic[T]):
         """Who brought the entry: an import path, an object, or an entry point with its distribution."""
         return self._entry(name).origin
 
+    def import_path(self, name: str) -> str | None:
+        """The text `module:Name` that the entry is imported from; `None` for an object that was registered itself."""
+        target = self._entry(name).target
+        return target if isinstance(target, str) else None
+
     def get(self, name: str) -> T:
         """The entry's object, imported now if it was not yet.
 
@@ -74,10 +79,7 @@ class Registry(Generic[T]):
 
     def unknown(self, name: str) -> str:
         """A sentence on a name that is not registered: the closest one, and all of them."""
-        names = self.names()
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        return f"unknown {self.kind} {name!r}{hint} (known: {', '.join(names) or 'none'})"
+        return unknown_name(self.kind, name, self.names())
 
     def _entry(self, name: str) -> _Entry:
         self._discover()
@@ -120,6 +122,13 @@ class Registry(Generic[T]):
         for point in dict.fromkeys(entry_points(group=self._group)):
             self._add(entries, point.name, _Entry(point.value, _origin(point)))
         self._entries, self._discovered = entries, True
+
+
+def unknown_name(kind: str, name: str, names: Sequence[str]) -> str:
+    """A sentence on a name that is not among `names`: the closest one, and all of them."""
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"unknown {kind} {name!r}{hint} (known: {', '.join(names) or 'none'})"
 
 
 def _split(path: str) -> tuple[str, str]:

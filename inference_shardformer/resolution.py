@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from pydantic import BaseModel
 
-from inference_shardformer.config.inference import InferenceConfig
+from inference_shardformer.config.fields import all_fields
+from inference_shardformer.config.frozen import frozen_or_text
+from inference_shardformer.config.inference import TUNED, InferenceConfig
+from inference_shardformer.config.loader import MergedConfig
 from inference_shardformer.config.model import ModelFacts
-from inference_shardformer.config.origins import DEFAULT, Origin
-from inference_shardformer.config.resolved import TORCH_DTYPES, Decision, ResolvedConfig
+from inference_shardformer.config.resolved import TORCH_DTYPES, Beaten, Decision, ResolvedConfig
 from inference_shardformer.config.shard import ShardConfig
-from inference_shardformer.errors import ConfigError, EnvironmentMismatchError
+from inference_shardformer.errors import EnvironmentMismatchError
 
+AT_ATTACH = "decided when the engine is attached, by the memory that is free then"
 _FALLBACK_DTYPE = "fp32"
 
 
@@ -35,6 +37,14 @@ class HostFacts:
     ranks_on_host: int
     device: str
     device_reason: str
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What others have chosen: the attention backend, and the values of its options by their path."""
+
+    attention_backend: Decided
+    options: Mapping[str, object] = field(default_factory=dict)
 
 
 def resolve_device(shard: ShardConfig) -> tuple[str, str]:
@@ -59,75 +69,75 @@ def resolve_dtype(inference: InferenceConfig, facts: ModelFacts) -> Decided:
     return Decided(_FALLBACK_DTYPE, "the checkpoint names no type")
 
 
-def resolve(
-    shard: ShardConfig,
-    inference: InferenceConfig,
-    *,
-    facts: ModelFacts,
-    host: HostFacts,
-    provenance: Mapping[str, Origin],
-    dtype: Decided,
-    attention_backend: Decided,
-) -> ResolvedConfig:
+def resolve_threads(shard: ShardConfig, ranks_on_host: int) -> tuple[int, str]:
+    """The CPU threads of each rank and why."""
+    if shard.threads_per_rank != "auto":
+        return shard.threads_per_rank, ""
+    if ranks_on_host == 1:
+        return torch.get_num_threads(), "torch's own number, one rank on this host"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // ranks_on_host), f"{cores} cores shared by {ranks_on_host} ranks"
+
+
+def resolve_length(inference: InferenceConfig, facts: ModelFacts) -> tuple[int, str]:
+    """The longest sequence and why."""
+    if inference.max_model_len == "auto":
+        return facts.max_position_embeddings, "the model's context"
+    return inference.max_model_len, ""
+
+
+def resolve(merged: MergedConfig, *, facts: ModelFacts, host: HostFacts, choices: Choices) -> ResolvedConfig:
     """Decide every value for one model on one host. A function of its arguments and the core count alone."""
-    threads, threads_reason = _threads(shard, host)
-    max_model_len, length_reason = _max_model_len(inference, facts)
-    decided = {
+    threads, threads_reason = resolve_threads(merged.shard, host.ranks_on_host)
+    max_model_len, length_reason = resolve_length(merged.inference, facts)
+    dtype = resolve_dtype(merged.inference, facts)
+    num_blocks = merged.inference.cache.num_blocks
+    decided: dict[str, tuple[object, str]] = {
         "shard.tp_size": (host.tp_size, "the size of the process group"),
         "shard.device": (host.device, host.device_reason),
         "shard.threads_per_rank": (threads, threads_reason),
         "inference.dtype": dtype,
         "inference.max_model_len": (max_model_len, length_reason),
-        "inference.attention.backend": attention_backend,
+        "inference.attention.backend": choices.attention_backend,
+        "inference.cache.num_blocks": (num_blocks, AT_ATTACH),
+        "inference.cache.memory_limit": memory_limit(merged.inference),
     }
-    asked = {**_leaves(shard, "shard"), **_leaves(inference, "inference")}
-    decisions = tuple(
-        Decision(
-            path=path,
-            value=str(decided[path][0] if path in decided else value),
-            origin=str(provenance.get(path, DEFAULT)),
-            reason=decided[path][1] if path in decided and value == "auto" else "",
-        )
-        for path, value in asked.items()
-    )
     return ResolvedConfig(
-        shard=shard,
-        inference=inference,
+        shard=merged.shard,
+        inference=merged.inference,
         tp_size=host.tp_size,
         device=host.device,
         threads_per_rank=threads,
         dtype=dtype.value,
-        attention_backend=attention_backend.value,
+        attention_backend=choices.attention_backend.value,
         max_model_len=max_model_len,
-        decisions=decisions,
+        decisions=decisions_on(merged, decided, choices.options),
+        num_blocks=None if num_blocks == "auto" else num_blocks,
     )
 
 
-def _threads(shard: ShardConfig, host: HostFacts) -> tuple[int, str]:
-    if shard.threads_per_rank != "auto":
-        return shard.threads_per_rank, ""
-    if host.ranks_on_host == 1:
-        return torch.get_num_threads(), "torch's own number, one rank on this host"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // host.ranks_on_host), f"{cores} cores shared by {host.ranks_on_host} ranks"
+def memory_limit(inference: InferenceConfig) -> tuple[object, str]:
+    """What an automatic limit means: nothing where the number of blocks is given."""
+    if inference.cache.num_blocks != "auto":
+        return None, "not used, cache.num_blocks was given"
+    return inference.cache.memory_limit, "what the sequences need, within half of the memory that is free at attach"
 
 
-def _max_model_len(inference: InferenceConfig, facts: ModelFacts) -> tuple[int, str]:
-    context = facts.max_position_embeddings
-    if inference.max_model_len == "auto":
-        return context, "the model's context"
-    if inference.max_model_len > context:
-        raise ConfigError(
-            f"inference.max_model_len={inference.max_model_len} is longer than the model's context of {context} tokens",
-            remedy=f"use at most {context}, or a checkpoint with scaled rotary embeddings",
-        )
-    return inference.max_model_len, ""
+def decisions_on(
+    merged: MergedConfig, decided: Mapping[str, tuple[object, str]], options: Mapping[str, object]
+) -> tuple[Decision, ...]:
+    """The decision on every field in order of declaration, and on every option of the chosen backend in its place."""
+    decisions: list[Decision] = []
+    for path, known in all_fields().items():
+        if known.is_open:
+            decisions += [_decision(merged, name, value, "") for name, value in options.items()]
+            continue
+        asked = merged.value(path)
+        value, reason = decided.get(path, (asked, "")) if asked in ("auto", TUNED) else (asked, "")
+        decisions.append(_decision(merged, path, value, reason))
+    return tuple(decisions)
 
 
-def _leaves(model: BaseModel, prefix: str) -> dict[str, object]:
-    leaves: dict[str, object] = {}
-    for name in type(model).model_fields:
-        value = getattr(model, name)
-        path = f"{prefix}.{name}"
-        leaves.update(_leaves(value, path) if isinstance(value, BaseModel) else {path: value})
-    return leaves
+def _decision(merged: MergedConfig, path: str, value: object, reason: str) -> Decision:
+    beaten = tuple(Beaten(frozen_or_text(item.value), item.origin) for item in merged.beaten(path))
+    return Decision(path, value, merged.origin(path), reason, beaten)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+import torch
+
+from inference_shardformer.attention.switch import BackendSwitch
+from inference_shardformer.config.effects import ConfigEvent
 from inference_shardformer.config.inference import InferenceConfig
-from inference_shardformer.config.origins import Origin
-from inference_shardformer.config.provenance import call_provenance
+from inference_shardformer.config.loader import gather, merge_layers
+from inference_shardformer.config.resolved import with_decision
 from inference_shardformer.config.shard import ShardConfig
+from inference_shardformer.config.sources import ConfigSources
+from inference_shardformer.config.violations import ConfigViolations
 from inference_shardformer.engine.engine import InferenceEngine
-from inference_shardformer.errors import StateError
-from inference_shardformer.explanation import explain
-from inference_shardformer.huggingface import architecture_of, eos_token_ids, load_hf_config, locate_checkpoint
+from inference_shardformer.errors import ConfigError, EnvironmentMismatchError, StateError
+from inference_shardformer.examination import ModelSource, refuse
+from inference_shardformer.explanation import Explanation, explain_engine
+from inference_shardformer.huggingface import eos_token_ids, locate_checkpoint, read_model
 from inference_shardformer.kv_cache.cache import PagedKVCache
 from inference_shardformer.kv_cache.sizing import free_memory, size_cache
 from inference_shardformer.kv_cache.spec import KVCacheSpec
-from inference_shardformer.preparation import Asked, Prepared, agreed_facts, prepare
+from inference_shardformer.preparation import Prepared, agreed_facts, prepare
 from inference_shardformer.ranks import Ranks
 from inference_shardformer.sharded import Sharded, shard_checkpoint, shard_model
 
@@ -29,6 +37,11 @@ if TYPE_CHECKING:
     from inference_shardformer.distributed.tensor_parallel import TensorParallelGroup
     from inference_shardformer.policies.base import Policy
     from inference_shardformer.sharding.weights import Progress
+
+
+T = TypeVar("T")
+
+_NUM_BLOCKS = "inference.cache.num_blocks"
 
 
 class State(Enum):
@@ -56,6 +69,10 @@ class InferenceShardformer:
     Every rank makes the same calls. The ranks are those of `process_group` (a group or sub-group the caller made), else
     of the default group, else of the `torchrun` environment, else this process alone. Backend, sizes and values are
     decided and checked, on all ranks alike, before any weight is read.
+
+    What was given to the two configurations beats everything that `sources` say: files, the environment, options of a
+    command line. Without `sources` the environment is read alone; `ConfigSources(environ={})` reads nothing. Whatever
+    is wrong with any of it is raised, all at once, by `from_pretrained` or `optimize`.
     """
 
     def __init__(
@@ -64,16 +81,16 @@ class InferenceShardformer:
         inference_config: InferenceConfig | None = None,
         *,
         process_group: dist.ProcessGroup | None = None,
-        provenance: Mapping[str, Origin] | None = None,
+        sources: ConfigSources | None = None,
     ) -> None:
-        shard, inference = shard_config or ShardConfig(), inference_config or InferenceConfig()
-        origins = call_provenance(shard, inference) if provenance is None else provenance
-        self._asked = Asked(shard, inference, dict(origins))
+        self._layers = gather(sources, shard_config, inference_config)
+        self._early = merge_layers(self._layers)  # without the preset, which nothing that is needed early comes from
         self._process_group = process_group
         self._ranks: Ranks | None = None
         self._prepared: Prepared | None = None
         self._sharded: Sharded | None = None
         self._engine: InferenceEngine | None = None
+        self._switch: BackendSwitch | None = None
         self._cache_reason = ""
         self._state = State.CREATED
 
@@ -81,6 +98,11 @@ class InferenceShardformer:
     def state(self) -> State:
         """Where this shardformer stands."""
         return self._state
+
+    @property
+    def events(self) -> tuple[ConfigEvent, ...]:
+        """What `inference.strict=false` let pass; empty until a model is prepared, and wherever strict is on."""
+        return () if self._prepared is None else self._prepared.events
 
     @property
     def group(self) -> TensorParallelGroup:
@@ -105,12 +127,13 @@ class InferenceShardformer:
         `UnsupportedModelError`, `TensorParallelSizeError`, `ConfigError` or `BackendUnavailableError`, the same on
         every rank.
         """
-        ranks = self._begin("from_pretrained()")
+        trust = self._early.inference.weights.trust_remote_code
+        ranks = self._begin("from_pretrained()", lambda: read_model(path_or_hub_id, policy, trust_remote_code=trust))
         try:
-            prepared, folder = ranks.guard.together("preparation", lambda: self._prepare_folder(path_or_hub_id, policy))
-            ranks.guard.agree("preparation", agreed_facts(prepared))
+            prepared = self._prepare(ranks, lambda: read_model(path_or_hub_id, policy, trust_remote_code=trust))
             sharded = ranks.guard.together(
-                "weight loading", lambda: shard_checkpoint(prepared, ranks, folder, progress)
+                "weight loading",
+                lambda: shard_checkpoint(prepared, ranks, locate_checkpoint(path_or_hub_id), progress),
             )
         except BaseException:
             self._state = State.FAILED
@@ -124,13 +147,10 @@ class InferenceShardformer:
 
         Every rank holds the same whole model; the parts that this rank does not need are let go one by one.
         """
-        ranks = self._begin("optimize()")
+        source = ModelSource(model.config, type(model).__name__, eos_token_ids(model, model.config), policy)
+        ranks = self._begin("optimize()", lambda: source)
         try:
-            eos = eos_token_ids(model, model.config)
-            prepared = ranks.guard.together(
-                "preparation", lambda: prepare(self._asked, ranks, model.config, type(model).__name__, eos, policy)
-            )
-            ranks.guard.agree("preparation", agreed_facts(prepared))
+            prepared = self._prepare(ranks, lambda: source)
             sharded = ranks.guard.together("sharding", lambda: shard_model(prepared, ranks, model))
         except BaseException:
             self._state = State.FAILED
@@ -148,25 +168,40 @@ class InferenceShardformer:
             )
         ranks, prepared = self._ranks, self._prepared
         kv_cache = ranks.guard.together("cache allocation", lambda: self._allocate_cache(prepared, ranks))
+        config = with_decision(prepared.config, _NUM_BLOCKS, kv_cache.num_blocks, self._cache_reason)
+        self._switch = BackendSwitch(
+            model,
+            backend=prepared.backend,
+            selection=prepared.selection,
+            num_layers=prepared.facts.num_layers,
+            options=config.inference.attention.options,
+        )
         self._engine = InferenceEngine(
             model,
             facts=prepared.facts,
-            config=prepared.config,
+            config=config,
             backend=prepared.backend,
             kv_cache=kv_cache,
             group=ranks.group,
             guard=ranks.guard,
             vocab_range=self._sharded.plan.vocab_range,
             tokenizer=tokenizer,
+            switch=self._switch,
         )
         self._state = State.ATTACHED
         return self._engine
 
-    def explain(self) -> str:
-        """Every value with its source and reason, every backend candidate with its verdict, as text for people."""
+    def explain(self) -> Explanation:
+        """Every value with its origin, its reason and what it beat, every rank's shard, every backend's verdict.
+
+        As text for people it is `str()` of what is returned, for programs its `to_json()`.
+        """
         if self._prepared is None or self._sharded is None or self._ranks is None:
             raise self._illegal("explain()")
-        return explain(self._prepared, self._sharded, self._cache_reason)
+        now = self._prepared.config if self._engine is None else self._engine.config.current.config
+        selection = self._prepared.selection if self._switch is None else self._switch.selection
+        prepared = replace(self._prepared, selection=selection)
+        return explain_engine(prepared, self._sharded, now, cache_reason=self._cache_reason)
 
     def close(self) -> None:
         """Close the engine, the guard and the groups this shardformer made. Idempotent."""
@@ -177,7 +212,7 @@ class InferenceShardformer:
             self._engine.close()
         if self._ranks is not None:
             self._ranks.close()
-        self._engine = self._sharded = self._prepared = self._ranks = None
+        self._engine = self._sharded = self._prepared = self._ranks = self._switch = None
 
     def __enter__(self) -> InferenceShardformer:
         return self
@@ -185,27 +220,24 @@ class InferenceShardformer:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _begin(self, call: str) -> Ranks:
+    def _begin(self, call: str, read: Callable[[], ModelSource]) -> Ranks:
         if self._state is not State.CREATED:
             raise self._illegal(call)
+        self._state = State.FAILED  # until the ranks are joined
         try:
-            self._ranks = Ranks.join(self._asked.shard, self._process_group)
-        except BaseException:
-            self._state = State.FAILED
-            raise
+            self._ranks = Ranks.join(self._early.shard, self._process_group)
+        except EnvironmentMismatchError as exc:
+            refuse(self._layers, read, exc)
+        self._state = State.CREATED
         return self._ranks
 
-    def _prepare_folder(self, path_or_hub_id: str | Path, policy: Policy | None) -> tuple[Prepared, Path]:
-        folder = locate_checkpoint(path_or_hub_id)
-        trust = self._asked.inference.weights.trust_remote_code
-        hf_config = load_hf_config(folder, trust_remote_code=trust)
-        architecture, eos = architecture_of(hf_config), eos_token_ids(folder, hf_config)
-        return prepare(self._asked, self._ranks_or_raise(), hf_config, architecture, eos, policy), folder
-
-    def _ranks_or_raise(self) -> Ranks:
-        if self._ranks is None:
-            raise self._illegal("this call")
-        return self._ranks
+    def _prepare(self, ranks: Ranks, read: Callable[[], ModelSource]) -> Prepared:
+        """Decide and check everything, on all ranks alike."""
+        prepared = _all_or_none(ranks, "preparation", lambda: prepare(self._layers, ranks, read))
+        ranks.guard.agree("preparation", agreed_facts(prepared))
+        if torch.get_num_threads() != prepared.config.threads_per_rank:
+            torch.set_num_threads(prepared.config.threads_per_rank)
+        return prepared
 
     def _finish(self, prepared: Prepared, sharded: Sharded) -> PreTrainedModel:
         self._prepared, self._sharded, self._state = prepared, sharded, State.SHARDED
@@ -223,10 +255,23 @@ class InferenceShardformer:
             ranks_on_host=ranks.ranks_on_host,
         )
         agreed = min(int(text) for text in ranks.group.all_gather_bytes(str(num_blocks).encode()))
-        return PagedKVCache(kv_spec, num_blocks=agreed, device=ranks.device)
+        return PagedKVCache(
+            kv_spec, num_blocks=agreed, device=ranks.device, layout=prepared.backend.capabilities.kv_layout
+        )
 
     def _illegal(self, call: str) -> StateError:
         return StateError(
             f"{call} is not possible in the state {self._state.value!r}",
             remedy=f"legal now: {_LEGAL[self._state]}; a shardformer shards one model, make another for the next",
         )
+
+
+def _all_or_none(ranks: Ranks, phase: str, fn: Callable[[], T]) -> T:
+    """`guard.together`; ranks whose configuration is wrong in the same way keep their list of violations."""
+    try:
+        return ranks.guard.together(phase, fn)
+    except ConfigError as exc:
+        mine = exc.__cause__
+        if isinstance(mine, ConfigViolations) and mine.message.startswith(exc.message):
+            raise mine from None
+        raise

@@ -34,9 +34,13 @@ def paged_attention(
     block_tables: torch.Tensor,  # [num_seqs, max_blocks]
     scale: float,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,  # [num_heads]
 ) -> torch.Tensor:
     """Causal attention of packed queries to their sequences' paged keys and values; shape and type of `q`.
 
+    `softcap` squashes scaled scores to `softcap * tanh(score / softcap)`; `sinks` are logits that take part in the
+    softmax and add no value.
     Reads only the slots below `seq_lens`, so whatever lies in other slots cannot leak into the result.
     """
     starts = cu_seqlens_q.tolist()
@@ -50,7 +54,7 @@ def paged_attention(
         visible = positions <= query_positions  # [query_len, seq_len]
         if sliding_window is not None:
             visible &= positions > query_positions - sliding_window
-        out[start:end] = _attend(q[start:end], keys, values, visible, scale)
+        out[start:end] = _attend(q[start:end], keys, values, visible, scale, softcap, sinks)
     return out
 
 
@@ -66,6 +70,8 @@ def _attend(
     v: torch.Tensor,  # [seq_len, num_kv_heads, head_dim]
     visible: torch.Tensor,  # bool [query_len, seq_len]
     scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Softmax attention of one sequence, written out."""
     wide = _wide(q.dtype)
@@ -73,7 +79,12 @@ def _attend(
     keys = k.to(wide).repeat_interleave(group, dim=1)
     values = v.to(wide).repeat_interleave(group, dim=1)
     scores = torch.einsum("qhd,khd->hqk", q.to(wide), keys) * scale
-    weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.to(wide)[:, None, None].expand(-1, len(q), 1)), dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : len(k)]
     return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
 
 

@@ -14,12 +14,14 @@ from inference_shardformer.attention.base import AttentionBackend, AttentionSpec
 from inference_shardformer.config.model import ModelFacts
 from inference_shardformer.distributed.tensor_parallel import TensorParallelGroup
 from inference_shardformer.errors import TensorParallelSizeError
+from inference_shardformer.policies.adapters import NO_ADAPTERS, Adapters
 from inference_shardformer.sharding.plan import ModulePlan, RankLayout
 from inference_shardformer.sharding.planner import ReplaceRow, StyleRow
 from inference_shardformer.sharding.styles import rank_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,29 @@ PolicyEntry = StyleEntry | ReplaceEntry
 
 
 class Policy(ABC):
-    """How one family of models is sharded. Stateless; the plan it leads to is data."""
+    """How one family of models is sharded. Never changed; the plan it leads to is data.
+
+    `adapters` says what becomes of module classes of the user's own; a class nobody named is refused, never skipped.
+    """
 
     contract_version: ClassVar[int] = 1
     architectures: ClassVar[tuple[str, ...]]
+
+    def __init__(self, adapters: Adapters = NO_ADAPTERS) -> None:
+        self.adapters = adapters
+
+    def adapting(
+        self, native_class: type[nn.Module], build: ReplacementFactory, *, rows: tuple[PolicyEntry, ...] = ()
+    ) -> Self:
+        """This policy, with `build` for modules of exactly `native_class`; `rows` plan its extra parameters."""
+        return type(self)(self.adapters.adapting(native_class, build, rows))
+
+    def leaving_out(self, native_class: type[nn.Module]) -> Self:
+        """This policy, with modules of exactly `native_class` left as they are, whole on the rank.
+
+        Their `forward` must take `attn_metadata`. Raises `PolicyError` otherwise.
+        """
+        return type(self)(self.adapters.leaving_out(native_class))
 
     @abstractmethod
     def facts(self, hf_config: PreTrainedConfig) -> ModelFacts:
@@ -80,6 +101,17 @@ class Policy(ABC):
     @abstractmethod
     def table(self, facts: ModelFacts) -> tuple[PolicyEntry, ...]:
         """The rows: module-name pattern to style, or to the module that replaces it."""
+
+    def full_table(self, facts: ModelFacts) -> tuple[PolicyEntry, ...]:
+        """The table, and the rows that the adapters bring."""
+        return (*self.table(facts), *self.adapters.rows)
+
+    def preset(self, facts: ModelFacts) -> Mapping[str, object]:
+        """Values by full path that suit this family better than the defaults; files and everything above beat them.
+
+        Only `inference.*` may be preset, and of that neither `inference.weights.*` nor `inference.strict`.
+        """
+        return {}
 
     def optional_tensors(self, facts: ModelFacts) -> frozenset[str]:
         """Checkpoint tensors that may be present or absent without meaning anything."""

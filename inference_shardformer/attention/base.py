@@ -5,37 +5,32 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NoReturn
 
 import torch
+from pydantic import BaseModel
 
+from inference_shardformer.attention.capabilities import AttentionCapabilities, Feature, KVLayout
+from inference_shardformer.attention.requirements import UNSOUND, capability_reasons
+from inference_shardformer.attention.sizes import ANY_SIZE, Sizes
+from inference_shardformer.attention.spec import AttentionSpec, Reason
+from inference_shardformer.errors import BackendUnavailableError
 from inference_shardformer.kv_cache.cache import LayerKVCache, PagedKVCache
+from inference_shardformer.probing.requirement import Requirement
 
-
-@dataclass(frozen=True)
-class AttentionSpec:
-    """What a backend must serve on one rank. Head counts are those of this rank.
-
-    `scale` multiplies the scores before the softmax. `sliding_window` is the number of tokens a query sees, itself
-    included; `None` means all of them.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-    dtype: torch.dtype
-    device: torch.device
-    block_size: int
-    sliding_window: int | None = None
-
-
-class Reason(NamedTuple):
-    """Why a backend cannot serve a spec: a stable code, a sentence with the values, and what to do about it."""
-
-    code: str
-    message: str
-    remedy: str
+__all__ = [
+    "ANY_SIZE",
+    "AttentionBackend",
+    "AttentionCapabilities",
+    "AttentionMetadata",
+    "AttentionSpec",
+    "Feature",
+    "KVLayout",
+    "RaggedBatch",
+    "Reason",
+    "Requirement",
+    "Sizes",
+]
 
 
 @dataclass(frozen=True)
@@ -73,25 +68,48 @@ class AttentionMetadata:
 
 
 class AttentionBackend(ABC):
-    """Paged, ragged, causal attention of one model on one rank. Built once, before any weight is read."""
+    """Paged, ragged, causal attention of one model on one rank. Built once, before any weight is read.
+
+    A subclass declares `name`, `contract_version` (what that number promises: `attention.contract`) and `capabilities`.
+    Importing its module and declaring it do no work; whatever needs a library or a device happens in `__init__`.
+
+    A backend with settings of its own declares them as `Options`, a frozen pydantic model that forbids extra names.
+    Users set them as `attention.options.<name>.<option>`; they reach `__init__` as an `Options`. Without a
+    declaration a backend is built with its spec alone.
+    """
 
     name: ClassVar[str]
-    contract_version: ClassVar[int] = 1
+    contract_version: ClassVar[int]
+    capabilities: ClassVar[AttentionCapabilities]
+    Options: ClassVar[type[BaseModel] | None] = None
+    requires: ClassVar[tuple[Requirement, ...]] = ()  # foreign libraries; each is probed before this is constructed
 
-    def __init__(self, spec: AttentionSpec) -> None:
+    def __init__(self, spec: AttentionSpec, options: BaseModel | None = None) -> None:
         self.spec = spec
+        self.options = options
 
     @classmethod
-    @abstractmethod
     def reasons(cls, spec: AttentionSpec) -> list[Reason]:
         """Every reason why this backend cannot serve `spec`; an empty list means that it can. Has no side effects."""
+        reasons = capability_reasons(cls.capabilities, spec)
+        if any(reason.code in UNSOUND for reason in reasons):
+            return reasons
+        return reasons + cls.extra_reasons(spec)
+
+    @classmethod
+    def extra_reasons(cls, spec: AttentionSpec) -> list[Reason]:
+        """What the declared facts cannot express; none by default. Asked only about specs with sound counts."""
+        return []
 
     @abstractmethod
     def plan(self, batch: RaggedBatch, kv_cache: PagedKVCache) -> AttentionMetadata:
         """Prepare one step; every layer reuses the result."""
 
     def write(self, k: torch.Tensor, v: torch.Tensor, cache: LayerKVCache, meta: AttentionMetadata) -> None:
-        """Store this step's keys and values, each `[num_tokens, num_kv_heads, head_dim]`, at the batch's slots."""
+        """Store this step's keys and values, each `[num_tokens, num_kv_heads, head_dim]`, at the batch's slots.
+
+        This is for the layout NHD; a backend that declares another one brings its own.
+        """
         cache.keys.flatten(0, 1).index_copy_(0, meta.batch.slot_mapping, k)
         cache.values.flatten(0, 1).index_copy_(0, meta.batch.slot_mapping, v)
 
@@ -102,3 +120,32 @@ class AttentionBackend(ABC):
         Query `i` of a sequence with `n` query tokens and `s` visible tokens stands at position `s - n + i` and sees
         the positions up to its own.
         """
+
+    def attend_with_sinks(
+        self, q: torch.Tensor, cache: LayerKVCache, meta: AttentionMetadata, sinks: torch.Tensor
+    ) -> torch.Tensor:
+        """As `attend`, with `sinks` `[num_heads]`: one more logit per head that takes its share and adds no value.
+
+        Part of `Feature.SINKS`; a model calls it in place of `attend`.
+        """
+        self._lacks(Feature.SINKS)
+
+    def plan_capture(self, num_decodes: int, kv_cache: PagedKVCache) -> AttentionMetadata:
+        """Metadata to capture a step of `num_decodes` decodes with; its tensors keep their addresses.
+
+        Part of `Feature.GRAPHS`.
+        """
+        self._lacks(Feature.GRAPHS)
+
+    def replan(self, batch: RaggedBatch, meta: AttentionMetadata) -> None:
+        """Refill what `plan_capture` returned, in place, for a batch of as many decodes.
+
+        Part of `Feature.GRAPHS`.
+        """
+        self._lacks(Feature.GRAPHS)
+
+    def _lacks(self, feature: Feature) -> NoReturn:
+        raise BackendUnavailableError(
+            f"attention backend {self.name!r} does not have the feature {feature.value}",
+            remedy="ask for it in AttentionSpec.features, so that only backends that have it are chosen",
+        )

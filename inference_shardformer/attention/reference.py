@@ -6,8 +6,14 @@ from typing import ClassVar
 
 import torch
 
-from inference_shardformer.attention.base import AttentionBackend, AttentionMetadata, AttentionSpec, RaggedBatch, Reason
-from inference_shardformer.attention.requirements import device_reasons, dtype_reasons, shape_reasons
+from inference_shardformer.attention.base import (
+    AttentionBackend,
+    AttentionCapabilities,
+    AttentionMetadata,
+    Feature,
+    RaggedBatch,
+)
+from inference_shardformer.attention.requirements import FLOAT_DTYPES
 from inference_shardformer.kernels import reference as kernels
 from inference_shardformer.kv_cache.cache import LayerKVCache, PagedKVCache
 
@@ -16,11 +22,10 @@ class ReferenceAttention(AttentionBackend):
     """Attention by the reference kernels, one sequence at a time, one type wider than the data."""
 
     name: ClassVar[str] = "reference"
-
-    @classmethod
-    def reasons(cls, spec: AttentionSpec) -> list[Reason]:
-        """Serves every sound shape in fp32, bf16 and fp16 on a CPU or a CUDA device."""
-        return [*shape_reasons(spec), *dtype_reasons(spec), *device_reasons(spec)]
+    contract_version: ClassVar[int] = 1
+    capabilities: ClassVar[AttentionCapabilities] = AttentionCapabilities(
+        devices=("cpu", "cuda"), dtypes=FLOAT_DTYPES, features=frozenset(Feature) - {Feature.GRAPHS}
+    )
 
     def plan(self, batch: RaggedBatch, kv_cache: PagedKVCache) -> AttentionMetadata:
         """Nothing to prepare."""
@@ -28,6 +33,17 @@ class ReferenceAttention(AttentionBackend):
 
     def attend(self, q: torch.Tensor, cache: LayerKVCache, meta: AttentionMetadata) -> torch.Tensor:
         """Attend with the reference kernel: `[num_tokens, num_heads, head_dim]` in and out."""
+        return self._attend(q, cache, meta, None)
+
+    def attend_with_sinks(
+        self, q: torch.Tensor, cache: LayerKVCache, meta: AttentionMetadata, sinks: torch.Tensor
+    ) -> torch.Tensor:
+        """As `attend`, with one more logit per head in the denominator; `sinks` is `[num_heads]`."""
+        return self._attend(q, cache, meta, sinks)
+
+    def _attend(
+        self, q: torch.Tensor, cache: LayerKVCache, meta: AttentionMetadata, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
         return kernels.paged_attention(
             q,
             cache.keys,
@@ -37,4 +53,6 @@ class ReferenceAttention(AttentionBackend):
             block_tables=meta.batch.block_tables,
             scale=self.spec.scale,
             sliding_window=self.spec.sliding_window,
+            softcap=self.spec.softcap,
+            sinks=sinks,
         )

@@ -8,8 +8,14 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from inference_shardformer.attention.base import AttentionBackend, AttentionMetadata, AttentionSpec, RaggedBatch, Reason
-from inference_shardformer.attention.requirements import device_reasons, dtype_reasons, shape_reasons
+from inference_shardformer.attention.base import (
+    AttentionBackend,
+    AttentionCapabilities,
+    AttentionMetadata,
+    Feature,
+    RaggedBatch,
+)
+from inference_shardformer.attention.requirements import FLOAT_DTYPES
 from inference_shardformer.attention.sdpa_plan import (
     DecodeGroup,
     DecodePlan,
@@ -32,11 +38,13 @@ class SdpaAttention(AttentionBackend):
     """One SDPA call for each group of decoding sequences of similar length, one for each prefilling sequence."""
 
     name: ClassVar[str] = "sdpa"
-
-    @classmethod
-    def reasons(cls, spec: AttentionSpec) -> list[Reason]:
-        """Serves every sound shape in fp32, bf16 and fp16 on a CPU or a CUDA device."""
-        return [*shape_reasons(spec), *dtype_reasons(spec), *device_reasons(spec)]
+    contract_version: ClassVar[int] = 1
+    # SDPA takes a mask but no cap on the scores, and no sinks.
+    capabilities: ClassVar[AttentionCapabilities] = AttentionCapabilities(
+        devices=("cpu", "cuda"),
+        dtypes=FLOAT_DTYPES,
+        features=frozenset({Feature.CHUNKED_PREFILL, Feature.MIXED_BATCH, Feature.SLIDING_WINDOW}),
+    )
 
     def plan(self, batch: RaggedBatch, kv_cache: PagedKVCache) -> SdpaMetadata:
         """Lay out every call of the step, with its slots and its mask."""

@@ -7,15 +7,17 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from inference_shardformer.cli import bench_backends as backends_command
 from inference_shardformer.cli.memory import peak_rss_bytes
 from inference_shardformer.cli.models import check_before_launch, resolve_model
-from inference_shardformer.cli.parser import add_model_options, load_from_args
+from inference_shardformer.cli.parser import add_model_options, sources_of
 from inference_shardformer.cli.ranks import is_main_rank, launch, ranks_to_launch
 from inference_shardformer.cli.report import UsageError
 from inference_shardformer.cli.session import Session, open_session
 from inference_shardformer.cli.terminal import Terminal
 from inference_shardformer.cli.workload import Workload, read_workload
-from inference_shardformer.config.loader import Flag
+from inference_shardformer.config.loader import load_config
+from inference_shardformer.config.sources import Flag
 
 if TYPE_CHECKING:
     from inference_shardformer.cli.parser import ArgumentParser, Commands
@@ -41,6 +43,7 @@ def add_command(commands: Commands) -> None:
     )
     parser.add_argument("--repeat", default="1", metavar="R", help="how often to measure (default: 1)")
     parser.set_defaults(run=run)
+    backends_command.add_command(kinds)
 
 
 def run(args: argparse.Namespace, words: Sequence[str]) -> int:
@@ -49,13 +52,13 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
         raise UsageError(f"--repeat {args.repeat}: must be an integer, at least 1", remedy="for example --repeat 3")
     workload = read_workload(args.workload)
     running = Flag(f"max_running of {args.workload}", _MAX_NUM_SEQS, str(workload.max_running))
-    loaded = load_from_args(args, extra=(running,))
+    sources = sources_of(args, extra=(running,))
     model = resolve_model(args.model)
-    if num_ranks := ranks_to_launch(loaded.shard):
+    if num_ranks := ranks_to_launch(load_config(sources).shard):
         check_before_launch(model, num_ranks)
         return launch(words, num_ranks=num_ranks)
     terminal = Terminal(is_main=is_main_rank())
-    with open_session(model, loaded, terminal, with_tokenizer=False) as session:
+    with open_session(model, sources, terminal, with_tokenizer=False) as session:
         _measure(session, workload.shifted())
         for repeat in range(int(args.repeat)):
             result = _measure(session, workload)

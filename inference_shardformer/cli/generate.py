@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING
 
 from inference_shardformer.cli.models import check_before_launch, has_tokenizer, resolve_model
 from inference_shardformer.cli.output import write_json, write_text
-from inference_shardformer.cli.parser import GENERATE_FLAGS, add_config_flags, add_model_options, load_from_args
+from inference_shardformer.cli.parser import GENERATE_FLAGS, add_config_flags, add_model_options, sources_of
 from inference_shardformer.cli.prompts import Prompt, collect_prompts
 from inference_shardformer.cli.ranks import is_main_rank, launch, ranks_to_launch
 from inference_shardformer.cli.report import UsageError
 from inference_shardformer.cli.session import open_session
 from inference_shardformer.cli.terminal import Terminal
-from inference_shardformer.config.loader import LoadedConfig
-from inference_shardformer.config.origins import DEFAULT
+from inference_shardformer.config.loader import MergedConfig, load_config
+from inference_shardformer.config.origins import Level
+from inference_shardformer.config.sources import ConfigSources
 
 if TYPE_CHECKING:
-    from inference_shardformer import SamplingParams
+    from inference_shardformer import SamplingParams, ShardConfig
     from inference_shardformer.cli.parser import Commands
 
 
@@ -28,7 +29,8 @@ class Job:
     """Everything a command line asked for, checked as far as that goes without the model."""
 
     model: str
-    loaded: LoadedConfig
+    sources: ConfigSources
+    shard: ShardConfig
     prompts: list[str | list[int]]
     sampling: list[SamplingParams]
 
@@ -52,18 +54,19 @@ def add_command(commands: Commands) -> None:
 def run(args: argparse.Namespace, words: Sequence[str]) -> int:
     """Check everything, then generate here, or on as many ranks as were asked for."""
     job = prepare(args)
-    if num_ranks := ranks_to_launch(job.loaded.shard):
+    if num_ranks := ranks_to_launch(job.shard):
         check_before_launch(job.model, num_ranks)
         return launch(words, num_ranks=num_ranks)
     terminal = Terminal(is_main=is_main_rank())
-    with open_session(job.model, job.loaded, terminal, with_tokenizer=True) as session:
+    with open_session(job.model, job.sources, terminal, with_tokenizer=True) as session:
         write = write_json if args.json else write_text
         return write(session.engine, job.prompts, job.sampling, terminal)
 
 
 def prepare(args: argparse.Namespace) -> Job:
     """The job of a command line. Raises what can be known to be wrong before a model is loaded."""
-    loaded = load_from_args(args)
+    sources = sources_of(args)
+    merged = load_config(sources)
     prompts = collect_prompts(args.prompt, args.prompts_file)
     model = resolve_model(args.model)
     if not has_tokenizer(model) and any(isinstance(prompt.content, str) for prompt in prompts):
@@ -71,22 +74,23 @@ def prepare(args: argparse.Namespace) -> Job:
             f"--model {args.model}: has no tokenizer, and a prompt is text",
             remedy='give token ids: a --prompts-file with lines {"prompt_token_ids": [...]}',
         )
-    sampling = [_sampling(prompt, loaded, args) for prompt in prompts]
-    return Job(model, loaded, [prompt.content for prompt in prompts], sampling)
+    sampling = [_sampling(prompt, merged, args) for prompt in prompts]
+    return Job(model, sources, merged.shard, [prompt.content for prompt in prompts], sampling)
 
 
-def _sampling(prompt: Prompt, loaded: LoadedConfig, args: argparse.Namespace) -> SamplingParams:
+def _sampling(prompt: Prompt, merged: MergedConfig, args: argparse.Namespace) -> SamplingParams:
     """Sampling of one prompt. A limit that somebody asked for is binding; the default one gives way to the context.
 
     A seed that somebody asked for is that of every prompt, so that a prompt draws the same alone and in company.
     """
     from inference_shardformer import SamplingParams
 
-    inference, provenance = loaded.inference, loaded.provenance
-    limit = inference.sampling.max_new_tokens if provenance["inference.sampling.max_new_tokens"] != DEFAULT else None
+    inference = merged.inference
+    limit_is_asked = merged.origin("inference.sampling.max_new_tokens").level > Level.DEFAULT
+    limit = inference.sampling.max_new_tokens if limit_is_asked else None
     return SamplingParams(
         max_new_tokens=prompt.max_new_tokens or limit,
-        seed=inference.seed if provenance["inference.seed"] != DEFAULT else None,
+        seed=inference.seed if merged.origin("inference.seed").level > Level.DEFAULT else None,
         stop=tuple(args.stop),
-        ignore_eos=args.ignore_eos,
+        ignore_eos=args.ignore_eos or None,
     )

@@ -7,7 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from inference_shardformer.cli import bench as bench_command
+from inference_shardformer.cli import doctor as doctor_command
+from inference_shardformer.cli import explain as explain_command
 from inference_shardformer.cli import generate as generate_command
+from inference_shardformer.cli import migrate as migrate_command
 from inference_shardformer.cli.parser import ArgumentParser, add_version
 from inference_shardformer.cli.ranks import has_launcher_of_ours, is_main_rank, note_reported
 from inference_shardformer.cli.report import EXIT_INTERNAL, EXIT_INTERRUPTED, report_error, unexpected
@@ -47,6 +50,9 @@ def build_parser() -> ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=ArgumentParser)
     generate_command.add_command(commands)
     bench_command.add_command(commands)
+    doctor_command.add_command(commands)
+    explain_command.add_command(commands)
+    migrate_command.add_command(commands)
     return parser
 
 

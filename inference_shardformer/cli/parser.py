@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from inference_shardformer.cli.report import UsageError
-from inference_shardformer.config.fields import all_fields
-from inference_shardformer.config.loader import Flag, LoadedConfig, load_config
+from inference_shardformer.config.fields import ConfigField, all_fields
+from inference_shardformer.config.sources import ConfigSources, Flag
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction["ArgumentParser"]
 
 
 class ConfigFlag(NamedTuple):
-    """A flag that stands for one configuration field."""
+    """A flag that stands for one configuration field; the field declares it."""
 
     name: str
     path: str
@@ -30,19 +29,27 @@ class ConfigFlag(NamedTuple):
         return self.name.strip("-").replace("-", "_")
 
 
-ENGINE_FLAGS = (
-    ConfigFlag("--tp", "shard.tp_size", "N"),
-    ConfigFlag("--dtype", "inference.dtype", "fp32|bf16|fp16"),
-    ConfigFlag("--device", "shard.device", "cpu|cuda"),
-    ConfigFlag("--attention-backend", "inference.attention.backend", "NAME"),
-)
-GENERATE_FLAGS = (
-    ConfigFlag("--max-num-seqs", "inference.scheduler.max_num_seqs", "N"),
-    ConfigFlag("--max-new-tokens", "inference.sampling.max_new_tokens", "N"),
-    ConfigFlag("--temperature", "inference.sampling.temperature", "T"),
-    ConfigFlag("--top-k", "inference.sampling.top_k", "K"),
-    ConfigFlag("--top-p", "inference.sampling.top_p", "P"),
-    ConfigFlag("--seed", "inference.seed", "S"),
+def _declared(*paths: str) -> tuple[ConfigFlag, ...]:
+    """The flags that these fields declare."""
+    fields = (all_fields()[path] for path in paths)
+    return tuple(ConfigFlag(field.flag, field.path, _metavar(field)) for field in fields)
+
+
+def _metavar(field: ConfigField) -> str:
+    """What a flag takes: its words, a letter for a number, else a name."""
+    words = [word for word in field.choices if word != "auto"]
+    is_number = field.rule.startswith(("an integer", "a number"))
+    return "|".join(words) or (field.path.rpartition(".")[2][0].upper() if is_number else "NAME")
+
+
+ENGINE_FLAGS = _declared("shard.tp_size", "inference.dtype", "shard.device", "inference.attention.backend")
+GENERATE_FLAGS = _declared(
+    "inference.scheduler.max_num_seqs",
+    "inference.sampling.max_new_tokens",
+    "inference.sampling.temperature",
+    "inference.sampling.top_k",
+    "inference.sampling.top_p",
+    "inference.seed",
 )
 
 
@@ -73,11 +80,11 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UsageError(f"{self.prog}: {message}", remedy=f"{question}`{self.prog} --help` lists what is accepted")
 
 
-def add_model_options(parser: ArgumentParser) -> None:
-    """Options of every command that runs a model."""
+def add_model_options(parser: ArgumentParser, *, is_required: bool = True) -> None:
+    """Options of every command about a model."""
     parser.add_argument(
         "--model",
-        required=True,
+        required=is_required,
         metavar="PATH|HUB_ID|demo",
         help="checkpoint folder, Hub id, or the shipped demo model",
     )
@@ -110,11 +117,11 @@ def add_version(parser: ArgumentParser) -> None:
     )
 
 
-def load_from_args(args: argparse.Namespace, *, extra: tuple[Flag, ...] = ()) -> LoadedConfig:
-    """The configuration of a parsed command line, from its files, the environment, `--set` and flags."""
+def sources_of(args: argparse.Namespace, *, extra: tuple[Flag, ...] = ()) -> ConfigSources:
+    """Where a parsed command line takes its settings from: its files, the environment, `--set` and flags."""
     given = [
         Flag(flag.name, flag.path, getattr(args, flag.dest))
         for flag in (*ENGINE_FLAGS, *GENERATE_FLAGS)
         if getattr(args, flag.dest, None) is not None
     ]
-    return load_config(files=args.config, environ=os.environ, sets=args.sets, flags=[*given, *extra])
+    return ConfigSources(files=tuple(args.config), sets=tuple(args.sets), flags=(*given, *extra))

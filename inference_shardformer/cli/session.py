@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from inference_shardformer.cli.models import has_tokenizer
 from inference_shardformer.cli.terminal import Terminal
-from inference_shardformer.config.loader import LoadedConfig
+from inference_shardformer.config.origins import Level
+from inference_shardformer.config.sources import ConfigSources
 from inference_shardformer.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Session(NamedTuple):
 
 
 @contextmanager
-def open_session(model: str, loaded: LoadedConfig, terminal: Terminal, *, with_tokenizer: bool) -> Iterator[Session]:
+def open_session(model: str, sources: ConfigSources, terminal: Terminal, *, with_tokenizer: bool) -> Iterator[Session]:
     """Load `model` (a folder or Hub id) on this rank, say what was decided, and close everything at the end."""
     from inference_shardformer import InferenceShardformer
     from inference_shardformer.huggingface import locate_checkpoint
@@ -41,15 +42,16 @@ def open_session(model: str, loaded: LoadedConfig, terminal: Terminal, *, with_t
     terminal.note(f"model      {model}")
     folder = locate_checkpoint(model)
     tokenizer = _load_tokenizer(folder) if with_tokenizer and has_tokenizer(str(folder)) else None
-    shardformer = InferenceShardformer(loaded.shard, loaded.inference, provenance=loaded.provenance)
+    shardformer = InferenceShardformer(sources=sources)
     try:
         with terminal.loading() as progress:
             sharded = shardformer.from_pretrained(folder, progress=progress)
         engine = shardformer.attach(sharded, tokenizer=tokenizer)
-        decisions = {decision.path: decision for decision in engine.config.decisions}
+        config = engine.config.current.config
         for label, path in _SHOWN:
-            decision = decisions[path]
-            why = decision.reason if decision.origin == "default" else f"{decision.origin}; {decision.reason}"
+            decision = config.decision(path)
+            is_default = decision.origin.level is Level.DEFAULT
+            why = decision.reason if is_default else f"{decision.origin}; {decision.reason}"
             terminal.note(f"{label:<10} {decision.value} ({why.strip('; ') or decision.origin})")
         yield Session(shardformer, engine)
     finally:

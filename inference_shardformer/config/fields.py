@@ -6,8 +6,10 @@ import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from inference_shardformer.config.inference import InferenceConfig
 from inference_shardformer.config.rules import choices_of, rule_of
@@ -21,7 +23,9 @@ ENVIRONMENT_PREFIX = "INFERENCE_SHARDFORMER_"
 class ConfigField:
     """One field: its full path (`inference.cache.block_size`), what it accepts, and its default.
 
-    `choices` are the words it accepts beside numbers or instead of them.
+    `choices` are the words it accepts beside numbers or instead of them, `unit` what a number counts, `flag` the
+    command-line option that stands for it, if there is one. A field that `is_open` holds names that are not ours: the
+    options of plug-ins.
     """
 
     path: str
@@ -29,6 +33,9 @@ class ConfigField:
     choices: tuple[str, ...]
     default: object
     description: str
+    unit: str = ""
+    flag: str = ""
+    is_open: bool = False
 
     @property
     def variable(self) -> str:
@@ -48,6 +55,13 @@ def all_groups() -> frozenset[str]:
     return frozenset(
         path.rsplit(".", depth)[0] for path in all_fields() for depth in range(1, path.count(".") + 1)
     )  # fmt: skip
+
+
+def open_field(path: str) -> ConfigField | None:
+    """The open field that `path` is or lies in, such as the options of attention backends."""
+    return next(
+        (field for field in all_fields().values() if field.is_open and f"{path}.".startswith(f"{field.path}.")), None
+    )
 
 
 def full_path(path: str) -> str:
@@ -77,8 +91,22 @@ def _walk(model: type[BaseModel], prefix: str) -> Iterator[ConfigField]:
     """Fields of `model` and of the groups below it."""
     for name, info in model.model_fields.items():
         path = f"{prefix}.{name}"
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from _walk(info.annotation, path)
+        kind = info.annotation
+        if get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _walk(kind, path)
         else:
-            choices = tuple(choices_of(info))
-            yield ConfigField(path, rule_of(info), choices, info.get_default(), info.description or "")
+            yield _field(path, info)
+
+
+def _field(path: str, info: FieldInfo) -> ConfigField:
+    declared = info.json_schema_extra if isinstance(info.json_schema_extra, Mapping) else {}
+    return ConfigField(
+        path=path,
+        rule=rule_of(info),
+        choices=tuple(choices_of(info)),
+        default=info.get_default(call_default_factory=True),
+        description=info.description or "",
+        unit=str(declared.get("unit", "")),
+        flag=str(declared.get("flag", "")),
+        is_open=get_origin(info.annotation) is dict,
+    )

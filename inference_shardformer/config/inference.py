@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, field_validator
 
-from inference_shardformer.config.values import Auto, Bytes, Count, Share
+from inference_shardformer.config.frozen import FrozenMapping
+from inference_shardformer.config.metadata import about
+from inference_shardformer.config.templates import template_text
+from inference_shardformer.config.values import Auto, Bytes, Count, PluginOptions, Share
 
+TUNED = "tuned"  # the attention backend that a profile chooses
 _FROZEN = ConfigDict(frozen=True, extra="forbid", strict=False)
 
 
@@ -17,7 +21,21 @@ class AttentionConfig(BaseModel):
     model_config = _FROZEN
 
     backend: str = Field(
-        default="auto", min_length=1, description="Backend name; auto: the first without a reason against it."
+        default="auto",
+        min_length=1,
+        description="Backend name; auto: the first without a reason against it; tuned: the choice in profile.",
+        json_schema_extra=about(flag="--attention-backend"),
+    )
+    profile: str | None = Field(
+        default=None,
+        min_length=1,
+        description="File that `bench backends --save` wrote, where backend is tuned.",
+        json_schema_extra=about(),
+    )
+    options: PluginOptions = Field(
+        default_factory=lambda: FrozenMapping(),  # type: ignore[arg-type]  # holds mappings alone
+        description="Options that a backend declares for itself, under its name: `options.<backend>.<option>`.",
+        json_schema_extra=about(),
     )
 
 
@@ -26,13 +44,20 @@ class CacheConfig(BaseModel):
 
     model_config = _FROZEN
 
-    block_size: StrictInt = Field(default=16, ge=1, le=1024, description="Tokens per block.")
-    num_blocks: Count | Auto = Field(default="auto", description="Blocks; auto: sized from memory_limit.")
+    block_size: StrictInt = Field(
+        default=16, ge=1, le=1024, description="Tokens per block.", json_schema_extra=about(unit="tokens")
+    )
+    num_blocks: Count | Auto = Field(
+        default="auto",
+        description="Blocks on each rank; auto: sized from memory_limit.",
+        json_schema_extra=about(unit="blocks"),
+    )
     memory_limit: Bytes | Share | Auto = Field(
         default="auto",
         description="Bytes for keys and values on each rank (an integer above 1), or a fraction of the memory free "
         "after loading (at most 1.0); auto: what max_num_seqs sequences of max_model_len need, within half of free "
         "memory.",
+        json_schema_extra=about(unit="bytes, or a fraction"),
     )
 
 
@@ -42,13 +67,17 @@ class SchedulerConfig(BaseModel):
     model_config = _FROZEN
 
     max_num_seqs: StrictInt = Field(
-        default=64, ge=1, le=65536, description="Sequences in one step.", json_schema_extra={"mutability": "live"}
+        default=64,
+        ge=1,
+        le=65536,
+        description="Sequences in one step.",
+        json_schema_extra=about(mutability="live", unit="sequences", flag="--max-num-seqs"),
     )
     max_num_batched_tokens: StrictInt = Field(
         default=2048,
         ge=1,
         description="Tokens in one step; longer prompts are cut into chunks.",
-        json_schema_extra={"mutability": "live"},
+        json_schema_extra=about(mutability="live", unit="tokens"),
     )
 
 
@@ -58,7 +87,10 @@ class SamplingDefaults(BaseModel):
     model_config = _FROZEN
 
     max_new_tokens: StrictInt = Field(
-        default=64, ge=1, description="Tokens to generate at most.", json_schema_extra={"mutability": "per_request"}
+        default=64,
+        ge=1,
+        description="Tokens to generate at most.",
+        json_schema_extra=about(mutability="per_request", unit="tokens", flag="--max-new-tokens"),
     )
     temperature: StrictFloat = Field(
         default=0.0,
@@ -66,13 +98,13 @@ class SamplingDefaults(BaseModel):
         le=100.0,
         allow_inf_nan=False,
         description="0 is greedy.",
-        json_schema_extra={"mutability": "per_request"},
+        json_schema_extra=about(mutability="per_request", flag="--temperature"),
     )
     top_k: StrictInt = Field(
         default=0,
         ge=0,
         description="Keep the k likeliest tokens; 0 keeps all.",
-        json_schema_extra={"mutability": "per_request"},
+        json_schema_extra=about(mutability="per_request", unit="tokens", flag="--top-k"),
     )
     top_p: StrictFloat = Field(
         default=1.0,
@@ -80,8 +112,46 @@ class SamplingDefaults(BaseModel):
         le=1.0,
         allow_inf_nan=False,
         description="Keep the smallest set of this probability.",
-        json_schema_extra={"mutability": "per_request"},
+        json_schema_extra=about(mutability="per_request", unit="probability", flag="--top-p"),
     )
+    repetition_penalty: StrictFloat = Field(
+        default=1.0,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="Above 1, tokens of the prompt and the output so far become less likely; 1 changes nothing.",
+        json_schema_extra=about(mutability="per_request"),
+    )
+    no_repeat_ngram_size: StrictInt = Field(
+        default=0,
+        ge=0,
+        description="No sequence of this many tokens occurs twice; 0 allows all.",
+        json_schema_extra=about(mutability="per_request", unit="tokens"),
+    )
+    ignore_eos: StrictBool = Field(
+        default=False,
+        description="Go on after an end-of-sequence token.",
+        json_schema_extra=about(mutability="per_request"),
+    )
+
+
+class PromptConfig(BaseModel):
+    """What becomes of a text prompt before it is tokenised."""
+
+    model_config = _FROZEN
+
+    template: str | None = Field(
+        default=None,
+        description="Text around a text prompt, with {input_text} where it goes, or one of the names llama, vicuna, "
+        "baichuan; nothing: prompts as they are. Token ids are never changed.",
+        json_schema_extra=about(),
+    )
+
+    @field_validator("template")
+    @classmethod
+    def _takes_a_prompt(cls, template: str | None) -> str | None:
+        if template is not None:
+            template_text(template)
+        return template
 
 
 class WeightsConfig(BaseModel):
@@ -89,7 +159,11 @@ class WeightsConfig(BaseModel):
 
     model_config = _FROZEN
 
-    trust_remote_code: StrictBool = Field(default=False, description="Run model code that comes with a checkpoint.")
+    trust_remote_code: StrictBool = Field(
+        default=False,
+        description="Permit model code that comes with a checkpoint to run.",
+        json_schema_extra=about(),
+    )
 
 
 class InferenceConfig(BaseModel):
@@ -98,12 +172,28 @@ class InferenceConfig(BaseModel):
     model_config = _FROZEN
 
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        default="auto", description="Compute type; auto: the checkpoint's."
+        default="auto", description="Compute type; auto: the checkpoint's.", json_schema_extra=about(flag="--dtype")
     )
-    max_model_len: Count | Auto = Field(default="auto", description="Longest sequence; auto: the model's context.")
-    seed: StrictInt = Field(default=0, ge=0, lt=2**63, description="Seed of requests that bring none.")
+    max_model_len: Count | Auto = Field(
+        default="auto",
+        description="Longest sequence, prompt and output together; auto: the model's context.",
+        json_schema_extra=about(unit="tokens"),
+    )
+    seed: StrictInt = Field(
+        default=0,
+        ge=0,
+        lt=2**63,
+        description="Seed of requests that bring none.",
+        json_schema_extra=about(flag="--seed"),
+    )
+    strict: StrictBool = Field(
+        default=True,
+        description="Refuse a value that is accepted but cannot take effect; false: record it as an event.",
+        json_schema_extra=about(),
+    )
     attention: AttentionConfig = AttentionConfig()
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     sampling: SamplingDefaults = SamplingDefaults()
+    prompt: PromptConfig = PromptConfig()
     weights: WeightsConfig = WeightsConfig()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from inference_shardformer.config.fields import all_fields, all_groups
+from inference_shardformer.config.fields import ConfigField, all_fields, all_groups, open_field
 from inference_shardformer.config.origins import Origin
 from inference_shardformer.config.violations import Violation, show, unknown_key
 
@@ -18,6 +18,13 @@ class Assignment(NamedTuple):
     origin: Origin
 
 
+class Stack(NamedTuple):
+    """Everything that was said of one path: what holds, and what it beats, the strongest first."""
+
+    winner: Assignment
+    beaten: tuple[Assignment, ...]
+
+
 def flatten(
     tree: Mapping[object, object],
     origin_of: Callable[[str], Origin],
@@ -27,38 +34,52 @@ def flatten(
 ) -> list[Assignment]:
     """Assignments of a nested mapping with the roots `shard` and `inference`.
 
-    Unknown keys, and groups that are no mapping, are added to `violations`; an empty group assigns nothing.
+    Unknown keys, and groups that are no mapping, are added to `violations`; an empty group assigns nothing. Below an
+    open field every name is accepted here: whoever it belongs to knows which are right.
     """
     found: list[Assignment] = []
     for key, value in tree.items():
         path = f"{prefix}.{key}" if prefix else str(key)
-        if path in all_fields():
+        owner = open_field(path)
+        if owner is None and path in all_fields():
             found.append(Assignment(path, value, origin_of(path)))
-        elif path not in all_groups():
+        elif owner is None and path not in all_groups():
             violations.append(unknown_key(path, origin_of(path)))
         elif isinstance(value, Mapping):
             found += flatten(value, origin_of, violations, prefix=path)
+        elif owner is not None and names_option(owner, path):
+            found.append(Assignment(path, value, origin_of(path)))
         elif value is not None:
             violations.append(misused_group(path, value, origin_of(path)))
     return found
 
 
+def names_option(owner: ConfigField, path: str) -> bool:
+    """Whether a path in an open field names a plug-in and one of its options, not less."""
+    return path[len(owner.path) :].count(".") >= 2 and all(path.split("."))
+
+
 def misused_group(path: str, value: object, origin: Origin) -> Violation:
     """A group of settings that was given a single value."""
     members = sorted({name[len(path) + 1 :].split(".")[0] for name in all_fields() if name.startswith(f"{path}.")})
+    owner = open_field(path)
+    rule = f"a group of settings: {', '.join(members)}" if owner is None else owner.rule
+    example = f"{path}.{members[0]}" if owner is None else f"{owner.path}.NAME.OPTION"
     return Violation(
         path=path,
         given=f"{path} = {show(value)}",
         origin=origin,
-        rule=f"a group of settings: {', '.join(members)}",
-        remedy=f"set one of them by name, for example {path}.{members[0]}",
+        rule=rule,
+        remedy=f"set one of them by name, for example {example}",
     )
 
 
-def merge(assignments: Iterable[Assignment]) -> dict[str, Assignment]:
-    """The winner of every path: the highest level and, within a level, the last one given."""
-    ordered = sorted(assignments, key=lambda assignment: assignment.origin.level)
-    return {assignment.path: assignment for assignment in ordered}
+def merge(assignments: Iterable[Assignment]) -> dict[str, Stack]:
+    """What was said of every path; the highest level wins and, within a level, the last one given."""
+    said: dict[str, list[Assignment]] = {}
+    for assignment in sorted(assignments, key=lambda assignment: assignment.origin.level):
+        said.setdefault(assignment.path, []).append(assignment)
+    return {path: Stack(found[-1], tuple(reversed(found[:-1]))) for path, found in said.items()}
 
 
 def nest(winners: Iterable[Assignment], root: str) -> dict[str, object]:

@@ -61,10 +61,13 @@ _WHY = {
     "shard": "the weights are already split over the ranks",
     "shard.timeout_s": "the ranks' watchdog already runs with it",
     "shard.threads_per_rank": "the thread pools already exist",
+    "inference.attention.backend": "the modules hold the backend; the engine's switch_backend() exchanges it",
     "inference.attention": "the modules hold the backend that was built for them",
     "inference.cache": "the cache tensors are already allocated",
     "inference.weights": "the weights are already read",
     "inference.dtype": "the weights and the cache already have this type",
     "inference.max_model_len": "the cache and the rotary tables are already sized for it",
+    "inference.strict": "what it refuses or records was met while the engine was built",
+    "inference.prompt": "prompts that are queued already have its text around them",
     "inference.seed": "requests already drew from it; a request may bring its own seed",
 }

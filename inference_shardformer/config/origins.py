@@ -7,13 +7,19 @@ from enum import IntEnum
 
 
 class Level(IntEnum):
-    """Precedence of a source; a higher level beats a lower one."""
+    """Precedence of a source; a higher level beats a lower one.
+
+    `UPDATE` is a change of a live field while the engine runs, `REQUEST` what one request brings for itself.
+    """
 
     DEFAULT = 0
+    PRESET = 10
     FILE = 20
     ENVIRONMENT = 30
     CLI = 40
     CALL = 50
+    UPDATE = 55
+    REQUEST = 60
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,11 @@ DEFAULT = Origin(Level.DEFAULT)
 
 _WORDS = {
     Level.DEFAULT: "default",
+    Level.PRESET: "preset",
     Level.FILE: "file",
     Level.ENVIRONMENT: "variable",
     Level.CLI: "option",
     Level.CALL: "call argument",
+    Level.UPDATE: "update",
+    Level.REQUEST: "request",
 }

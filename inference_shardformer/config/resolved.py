@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from inference_shardformer.config.inference import InferenceConfig
+from inference_shardformer.config.origins import Origin
 from inference_shardformer.config.shard import ShardConfig
 
 
 @dataclass(frozen=True)
+class Beaten:
+    """A value that a level gave and a higher one overrode."""
+
+    value: object
+    origin: Origin
+
+
+@dataclass(frozen=True)
 class Decision:
-    """One final value: its path, the value as text, where it came from, and why."""
+    """One final value: its path, where it came from, why it was decided so, and what it beat, the strongest first.
+
+    There is no reason where the value is what was asked.
+    """
 
     path: str
-    value: str
-    origin: str
-    reason: str
+    value: object
+    origin: Origin
+    reason: str = ""
+    beaten: tuple[Beaten, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -25,7 +38,8 @@ class ResolvedConfig:
     """Final values of one engine. Hashable, never rewritten.
 
     `shard` and `inference` are what was asked, the fields beside them what was decided. `max_model_len` is in
-    tokens. `decisions` lists every field in order of its path.
+    tokens; `num_blocks` is `None` until the engine is attached, unless it was asked for. `decisions` lists every field
+    in order of its declaration, and every option of a plug-in in its place.
     """
 
     shard: ShardConfig
@@ -37,11 +51,39 @@ class ResolvedConfig:
     attention_backend: str
     max_model_len: int
     decisions: tuple[Decision, ...]
+    num_blocks: int | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The compute type as torch names it."""
         return TORCH_DTYPES[self.dtype]
 
+    def decision(self, path: str) -> Decision:
+        """The decision on one full path. Raises KeyError for a path without one."""
+        for decision in self.decisions:
+            if decision.path == path:
+                return decision
+        raise KeyError(path)
+
+
+def with_decision(config: ResolvedConfig, path: str, value: object, reason: str) -> ResolvedConfig:
+    """`config` with one more value decided, such as `inference.cache.num_blocks` when memory is known."""
+    decisions = tuple(
+        replace(decision, value=value, reason=reason) if decision.path == path else decision
+        for decision in config.decisions
+    )
+    changes = {DECIDED[path]: value} if path in DECIDED else {}
+    return replace(config, decisions=decisions, **changes)  # type: ignore[arg-type]  # typed by whoever decides
+
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DECIDED = {
+    "shard.tp_size": "tp_size",
+    "shard.device": "device",
+    "shard.threads_per_rank": "threads_per_rank",
+    "inference.dtype": "dtype",
+    "inference.attention.backend": "attention_backend",
+    "inference.max_model_len": "max_model_len",
+    "inference.cache.num_blocks": "num_blocks",
+}
+"""The attribute of `ResolvedConfig` that holds the decided value of a field."""

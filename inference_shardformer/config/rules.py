@@ -7,12 +7,14 @@ from typing import Annotated, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 _BOUNDS = (("gt", "above"), ("ge", "at least"), ("lt", "below"), ("le", "at most"))
 
 
 def rule_of(info: FieldInfo) -> str:
     """The rule of a field, for example `an integer, at least 1, or auto`."""
+    if get_origin(info.annotation) is dict:
+        return "options under the names of their plug-ins"
     words = choices_of(info)
     kinds = [
         ", ".join([_KINDS.get(kind, kind.__name__), *_bounds(limits)])

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat
 
+from inference_shardformer.config.metadata import about
 from inference_shardformer.config.values import Auto, Count
 
 
@@ -14,16 +15,26 @@ class ShardConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
-    tp_size: Count | Auto = Field(default="auto", description="Tensor-parallel ranks; auto: the process group's size.")
+    tp_size: Count | Auto = Field(
+        default="auto",
+        description="Tensor-parallel ranks; auto: the process group's size.",
+        json_schema_extra=about(unit="ranks", flag="--tp"),
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="Device of every rank; auto: cuda where present."
+        default="auto",
+        description="Device of every rank; auto: cuda where present.",
+        json_schema_extra=about(flag="--device"),
     )
     threads_per_rank: Count | Auto = Field(
-        default="auto", description="CPU threads of each rank; auto: the cores of the host divided by its ranks."
+        default="auto",
+        description="CPU threads that torch uses in each rank; auto: torch's own number for the only rank of a host, "
+        "else the cores of the host divided by its ranks.",
+        json_schema_extra=about(unit="threads"),
     )
     timeout_s: StrictFloat = Field(
         default=30.0,
         gt=0,
         le=3600,
-        description="Seconds a rank may stay silent in one step before all ranks fail, by name.",
+        description="How long a rank may stay silent in one step before all ranks fail, by name.",
+        json_schema_extra=about(unit="seconds"),
     )

@@ -122,11 +122,15 @@ def _final_shard(config: ResolvedConfig) -> ShardConfig:
 def _final_inference(config: ResolvedConfig) -> InferenceConfig:
     """What was asked, with what was decided in its place."""
     asked = config.inference
+    cache = (
+        asked.cache.__dict__ if config.num_blocks is None else {**asked.cache.__dict__, "num_blocks": config.num_blocks}
+    )
     return type(asked).model_validate(
         {
             **asked.__dict__,
             "dtype": config.dtype,
             "max_model_len": config.max_model_len,
+            "cache": cache,
             "attention": {**asked.attention.__dict__, "backend": config.attention_backend},
         }
     )

@@ -19,7 +19,7 @@ from inference_shardformer.config.subscriptions import (
     Subscriptions,
     retract,
 )
-from inference_shardformer.config.transactions import check_names, first_snapshot, plan_update
+from inference_shardformer.config.transactions import check_names, first_snapshot, plan_decision, plan_update
 from inference_shardformer.config.turn import WriterTurn
 from inference_shardformer.errors import ConfigError, StateError
 
@@ -169,6 +169,15 @@ class ConfigStore:
             problems = retract(self._let_go(pending))
             self._queue.clear()
         _raise_problems(problems)
+
+    def decide(self, path: str, value: object, *, source: str) -> ConfigSnapshot:
+        """A value that the engine itself decides has changed: the next epoch holds it. Nobody is asked.
+
+        For fields that no `update` may change, such as the attention backend.
+        """
+        with self._turn.taken():
+            self._current = plan_decision(self.current, path, value, source)
+            return self._current
 
     def close(self) -> None:
         """End: roll back what is prepared, drop every subscriber. Every later call but this one is a StateError.

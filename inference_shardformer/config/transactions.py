@@ -15,7 +15,7 @@ from inference_shardformer.config.inference import InferenceConfig
 from inference_shardformer.config.layers import Assignment, misused_group, nest
 from inference_shardformer.config.mutability import is_live, why_init_only
 from inference_shardformer.config.origins import Level, Origin
-from inference_shardformer.config.resolved import Decision, ResolvedConfig
+from inference_shardformer.config.resolved import Beaten, Decision, ResolvedConfig, with_decision
 from inference_shardformer.config.shard import ShardConfig
 from inference_shardformer.config.snapshot import ConfigSnapshot
 from inference_shardformer.config.violations import ConfigViolations, Violation, show, unknown_key
@@ -61,6 +61,21 @@ def plan_update(snapshot: ConfigSnapshot, changes: Mapping[str, object], source:
         return PendingUpdate(changed, ConfigSnapshot(snapshot.epoch + 1, config))
     except ValidationError as exc:  # a rule between what is asked and what was decided
         raise ConfigViolations(list(_violations_of(exc, found, origin))) from exc
+
+
+def plan_decision(snapshot: ConfigSnapshot, path: str, value: object, source: str) -> ConfigSnapshot:
+    """The next epoch, in which a decided field has another value; `snapshot` itself if it has that value.
+
+    Raises ConfigError if the value breaks a rule.
+    """
+    if snapshot[path] == value:
+        return snapshot
+    change = ConfigChange(path, snapshot[path], value, snapshot.epoch + 1, source)
+    decided = with_decision(snapshot.config, path, value, "")
+    try:
+        return ConfigSnapshot(change.epoch, replace(decided, decisions=_decisions(snapshot.config, (change,))))
+    except ValidationError as exc:
+        raise ConfigViolations(list(_violations_of(exc, {}, _origin(source)))) from exc
 
 
 def _changes(
@@ -159,13 +174,15 @@ def _decisions(before: ResolvedConfig, changes: tuple[ConfigChange, ...]) -> tup
     """The decisions of the new epoch: those of the changed fields tell of the update."""
     changed = {change.path: change for change in changes}
     return tuple(
-        replace(
-            decision,
-            value=str(changed[decision.path].new),
-            origin=f"update of epoch {changed[decision.path].epoch}, source {changed[decision.path].source}",
-            reason="",
-        )
-        if decision.path in changed
-        else decision
+        _updated(decision, changed[decision.path]) if decision.path in changed else decision
         for decision in before.decisions
     )
+
+
+def _updated(decision: Decision, change: ConfigChange) -> Decision:
+    """What an update beats is what the engine was built with, never an earlier update."""
+    origin = Origin(Level.UPDATE, f"of epoch {change.epoch}, source {change.source}")
+    beaten = decision.beaten
+    if decision.origin.level < Level.UPDATE:
+        beaten = (Beaten(decision.value, decision.origin), *beaten)
+    return replace(decision, value=change.new, origin=origin, reason="", beaten=beaten)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+
+from inference_shardformer.config.frozen import FrozenMapping
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 Bytes = Annotated[int, Field(strict=True, gt=1)]
 Share = Annotated[float, Field(strict=True, gt=0, le=1)]
 Auto = Literal["auto"]
+
+PluginOptions = Annotated[dict[str, dict[str, object]], AfterValidator(FrozenMapping)]
+"""Options of plug-ins under their names; the plug-in itself validates them."""

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from inference_shardformer.config.fields import all_fields, suggest
 from inference_shardformer.config.origins import Origin
-from inference_shardformer.errors import ConfigError
+from inference_shardformer.config.units import converted
+from inference_shardformer.errors import ConfigError, InferenceShardformerError
 
 
 @dataclass(frozen=True)
 class Violation:
-    """One refused value: what was given, where it came from, the rule it breaks, and what to do."""
+    """One refused value: what was given, where it came from, the rule it breaks, and what to do.
+
+    `error` is the error of its own class that this violation raises when it is the only one.
+    """
 
     path: str
     given: str
     origin: Origin
     rule: str
     remedy: str
+    error: InferenceShardformerError | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.given}\n    from:   {self.origin}\n    rule:   {self.rule}\n    remedy: {self.remedy}"
@@ -42,17 +47,27 @@ class ConfigViolations(ConfigError):
         return self._text
 
 
+def raise_all(violations: Sequence[Violation]) -> None:
+    """Raise one error for all violations, if there are any: a single one raises the error of its own class."""
+    if len(violations) == 1 and violations[0].error is not None:
+        raise violations[0].error
+    if violations:
+        raise ConfigViolations(violations)
+
+
 def refused_value(path: str, value: object, origin: Origin, *, rule: str = "") -> Violation:
     """A value that breaks the rule of its field; `rule` replaces the rule that follows from the field's type."""
-    field = all_fields()[path]
-    near = difflib.get_close_matches(str(value), field.choices, n=1)
-    keep = f"leave it out for the default, {show(field.default)}"
+    known = all_fields()[path]
+    near = difflib.get_close_matches(str(value), known.choices, n=1)
+    meant = near[0] if near else converted(value, known.unit) if isinstance(value, str) else None
+    measured = "" if near or meant is None else f" ({known.unit.partition(',')[0]})"
+    keep = f"leave it out for the default, {show(known.default)}"
     return Violation(
         path=path,
         given=f"{path} = {show(value)}",
         origin=origin,
-        rule=rule or field.rule,
-        remedy=f"did you mean {near[0]}? or {keep}" if near else f"change it there, or {keep}",
+        rule=rule or known.rule,
+        remedy=f"change it there, or {keep}" if meant is None else f"did you mean {meant}{measured}? or {keep}",
     )
 
 
@@ -64,7 +79,7 @@ def unknown_key(path: str, origin: Origin, *, given: str = "", suggestion: str =
         given=given or path,
         origin=origin,
         rule="the name of a known setting",
-        remedy=f"did you mean {near}?" if near else "remove it; `--help` and the README list the settings",
+        remedy=f"did you mean {near}?" if near else "remove it; docs/configuration.md lists the settings",
     )
 
 

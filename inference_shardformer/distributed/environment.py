@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from inference_shardformer.errors import EnvironmentMismatchError
 
@@ -51,7 +52,12 @@ def ensure_process_group(device: torch.device, timeout_s: float) -> bool:
     if dist.is_initialized() or not RankEnvironment.detect().is_torchrun:
         return False
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    timeout = timedelta(seconds=timeout_s)
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    # the launcher's store outlives the group, and a later group must not read what an earlier one left in it
+    attempt = store.add(f"inference_shardformer/joined/{rank}", 1)
+    own = dist.PrefixStore(f"inference_shardformer/world/{attempt}", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=timeout)
     return True
 
 

@@ -75,7 +75,7 @@ class Outbox:
             if call is None:
                 self._outputs.append(output)
                 continue
-            if output.finish_reason == "abort":
+            if output.finish_reason in ("abort", "rejected"):
                 call.note(live, ())
             call.close(output)
 
@@ -113,10 +113,11 @@ def output_of(live: LiveRequest) -> RequestOutput:
             num_recomputed_tokens=request.num_recomputed_tokens,
         ),
         error=request.error,
+        config_epoch=request.config_epoch,
     )
 
 
-def rejected(index: int, prompt: Prompt, error: RequestError) -> RequestOutput:
+def rejected(index: int, prompt: Prompt, error: RequestError, *, config_epoch: int) -> RequestOutput:
     """The output of a request that was refused before it was queued."""
     return RequestOutput(
         request_id=f"rejected-{index}",
@@ -127,6 +128,7 @@ def rejected(index: int, prompt: Prompt, error: RequestError) -> RequestOutput:
         text="",
         finish_reason="rejected",
         error=error,
+        config_epoch=config_epoch,
     )
 
 

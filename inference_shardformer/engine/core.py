@@ -9,13 +9,17 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from inference_shardformer.config.store import ConfigStore
+from inference_shardformer.engine.backend_switch import BackendSwitches
 from inference_shardformer.engine.batch import build_batch
 from inference_shardformer.engine.detokenizer import RequestText, Tokenizer
-from inference_shardformer.engine.events import AddRequest, Event, EventExchange
+from inference_shardformer.engine.events import AddRequest, Event, EventExchange, SwitchBackend, UpdateConfig
+from inference_shardformer.engine.intake import Intake
+from inference_shardformer.engine.live_updates import LiveUpdates
 from inference_shardformer.engine.model_runner import ModelRunner
 from inference_shardformer.engine.outputs import StepStats
 from inference_shardformer.engine.request import FinishReason, Request
-from inference_shardformer.engine.sampler import NOT_FINITE, Sampler
+from inference_shardformer.engine.sampler import NOT_FINITE, NOTHING_LEFT, Sampler
 from inference_shardformer.engine.scheduler import Scheduler, SchedulerOutput
 from inference_shardformer.errors import RequestError
 
@@ -45,7 +49,11 @@ class StepResult(NamedTuple):
 
 
 class EngineCore:
-    """Requests, queues and cache blocks of one engine. Deterministic: the same events give the same steps."""
+    """Requests, queues and cache blocks of one engine. Deterministic: the same events give the same steps.
+
+    Events take effect in their order at the start of a step: a request takes the sampling defaults of the configuration
+    as the events before it left it, and keeps them; the limits of the step are those after the last event.
+    """
 
     def __init__(
         self,
@@ -54,6 +62,10 @@ class EngineCore:
         sampler: Sampler,
         scheduler: Scheduler,
         exchange: EventExchange,
+        intake: Intake,
+        config: ConfigStore,
+        updates: LiveUpdates,
+        switches: BackendSwitches,
         guard: StepGuard,
         device: torch.device,
         eos_token_ids: tuple[int, ...],
@@ -64,6 +76,10 @@ class EngineCore:
         self.exchange = exchange
         self.live: dict[str, LiveRequest] = {}
         self.num_added = 0
+        self._intake = intake
+        self._config = config
+        self._updates = updates
+        self.switches = switches
         self._runner = runner
         self._sampler = sampler
         self._guard = guard
@@ -73,13 +89,19 @@ class EngineCore:
         self._with_rope_lengths = with_rope_lengths
         self._finished: list[LiveRequest] = []
 
+    @property
+    def config_epoch(self) -> int:
+        """The epoch of the configuration as of now."""
+        return self._config.current.epoch
+
     def step(self) -> StepResult:
         """Run one step; without requests it only receives events."""
         started = perf_counter()
         self.receive()
-        output = self.scheduler.schedule()
+        snapshot = self._config.current  # read once: one step, one epoch
+        output = self.scheduler.schedule(snapshot.inference.scheduler)
         advanced = self._run(output) if output.scheduled else []
-        return StepResult(advanced, self._stats(output, perf_counter() - started))
+        return StepResult(advanced, self._stats(output, perf_counter() - started, snapshot.epoch))
 
     def receive(self) -> None:
         """Apply what came from outside; every rank must be here at the same time."""
@@ -87,6 +109,8 @@ class EngineCore:
             delivery = self.exchange.receive()
         for event in delivery.agreed():
             self._apply(event)
+        self._updates.drop_unshared()
+        self.switches.drop_unshared()
 
     def take_finished(self) -> list[LiveRequest]:
         """The requests that ended since the last call."""
@@ -102,17 +126,38 @@ class EngineCore:
 
     def _apply(self, event: Event) -> None:
         if isinstance(event, AddRequest):
-            request = Request(
-                event.request_id, event.prompt_token_ids, event.sampling, prompt=event.prompt, index=event.index
-            )
-            text = RequestText(
-                self._tokenizer, request.token_ids, start=request.num_prompt_tokens, sampling=event.sampling
-            )
-            self.live[event.request_id] = LiveRequest(request, text)
-            self.scheduler.add(request)
-            self.num_added += 1
+            self._add(event)
+        elif isinstance(event, UpdateConfig):
+            with self._guard.step("configuration update"):
+                self._updates.settle(event)
+        elif isinstance(event, SwitchBackend):
+            with self._guard.step("backend switch"):
+                self.switches.settle(event)
         elif event.request_id in self.live:
             self._end(self.live[event.request_id], "abort")
+
+    def _add(self, event: AddRequest) -> None:
+        snapshot = self._config.current
+        refusal: RequestError | None = None
+        try:
+            sampling = self._intake.admit(len(event.prompt_token_ids), event.params, snapshot)
+        except RequestError as error:
+            refusal, sampling = error, event.params.resolve(snapshot.inference.sampling)
+        request = Request(
+            event.request_id,
+            event.prompt_token_ids,
+            sampling,
+            prompt=event.prompt,
+            index=event.index,
+            config_epoch=snapshot.epoch,
+        )
+        text = RequestText(self._tokenizer, request.token_ids, start=request.num_prompt_tokens, sampling=sampling)
+        live = self.live[event.request_id] = LiveRequest(request, text)
+        self.scheduler.add(request)
+        self.num_added += 1
+        if refusal is not None:
+            request.error = refusal
+            self._end(live, "rejected")
 
     def _run(self, output: SchedulerOutput) -> list[tuple[LiveRequest, int]]:
         with self._guard.step("prefill" if len(output.scheduled) > output.num_decodes else "decode"):
@@ -132,12 +177,8 @@ class EngineCore:
         advanced = []
         for request, token_id in zip(requests, token_ids, strict=True):
             live = self.live[request.request_id]
-            if token_id == NOT_FINITE:
-                request.error = RequestError(
-                    f"request {request.request_id!r}: the model's logits after {request.num_tokens} tokens are not "
-                    "finite",
-                    remedy="use dtype bf16 or fp32, and check that the checkpoint holds no NaN",
-                )
+            if token_id in (NOT_FINITE, NOTHING_LEFT):
+                request.error = _no_token(request, token_id)
                 self._end(live, "abort")
                 continue
             request.token_ids.append(token_id)
@@ -165,7 +206,7 @@ class EngineCore:
         del self.live[request.request_id]
         self._finished.append(live)
 
-    def _stats(self, output: SchedulerOutput, seconds: float) -> StepStats:
+    def _stats(self, output: SchedulerOutput, seconds: float, config_epoch: int) -> StepStats:
         return StepStats(
             num_prefill_tokens=output.num_tokens - output.num_decodes,
             num_decode_tokens=output.num_decodes,
@@ -173,4 +214,19 @@ class EngineCore:
             num_waiting=len(self.scheduler.waiting),
             num_free_blocks=self.scheduler.allocator.num_free,
             seconds=seconds,
+            config_epoch=config_epoch,
         )
+
+
+def _no_token(request: Request, code: int) -> RequestError:
+    """Why a request got no token."""
+    if code == NOT_FINITE:
+        return RequestError(
+            f"request {request.request_id!r}: the model's logits after {request.num_tokens} tokens are not finite",
+            remedy="use dtype bf16 or fp32, and check that the checkpoint holds no NaN",
+        )
+    size = request.sampling.no_repeat_ngram_size
+    return RequestError(
+        f"request {request.request_id!r}: no_repeat_ngram_size={size} forbids every token after {request.num_tokens}",
+        remedy="raise no_repeat_ngram_size, or lower max_new_tokens",
+    )

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from threading import RLock
 from types import TracebackType
 from typing import Literal, Protocol
+from weakref import WeakMethod
 
 from inference_shardformer.attention.base import AttentionBackend
+from inference_shardformer.attention.switch import BackendSwitch
 from inference_shardformer.config.model import ModelFacts
 from inference_shardformer.config.resolved import ResolvedConfig
-from inference_shardformer.engine.calls import Call, Outbox, rejected, summary
+from inference_shardformer.config.store import ConfigStore
+from inference_shardformer.engine.backend_switch import BackendChange, BackendSwitches
+from inference_shardformer.engine.calls import Call, summary
 from inference_shardformer.engine.core import EngineCore, StepGuard
+from inference_shardformer.engine.desk import RequestDesk
 from inference_shardformer.engine.detokenizer import Tokenizer
-from inference_shardformer.engine.distribution import derived_seed
-from inference_shardformer.engine.events import AbortRequest, AddRequest, ByteGroup, EventExchange
+from inference_shardformer.engine.events import ByteGroup, EventExchange
+from inference_shardformer.engine.fair_lock import FairLock
 from inference_shardformer.engine.intake import Intake, Prompt, ValidPrompt, pair_prompts
+from inference_shardformer.engine.live_config import LiveConfig
+from inference_shardformer.engine.live_updates import ConfigUpdate, LiveUpdates
 from inference_shardformer.engine.model_runner import CausalModel, ModelRunner
 from inference_shardformer.engine.outputs import RequestOutput, StepStats, StreamChunk
 from inference_shardformer.engine.sampler import Sampler, TensorGroup
@@ -36,7 +41,8 @@ class InferenceEngine:
     """Generates with a sharded model: continuous batching over a paged cache.
 
     Every rank makes the same calls and gets the same outputs; a rank above 0 may also just `step()` and follow rank 0.
-    Calls from several threads are served one step at a time. A failure of a rank ends the engine on all of them.
+    Calls from several threads are served in their order, one step at a time. A failure of a rank ends the engine on
+    all of them. `config` is the live configuration, which lives and dies with the engine.
     """
 
     def __init__(
@@ -51,45 +57,62 @@ class InferenceEngine:
         guard: StepGuard,
         vocab_range: tuple[int, int],
         tokenizer: Tokenizer | None = None,
+        switch: BackendSwitch | None = None,
     ) -> None:
-        block_size = kv_cache.spec.block_size
-        self.config = config
+        num_blocks, block_size = kv_cache.num_blocks, kv_cache.spec.block_size
         self.facts = facts
         self.tokenizer = tokenizer
-        self._kv_cache: PagedKVCache | None = kv_cache
-        self._lock = RLock()
+        self._runner: ModelRunner | None = ModelRunner(model, backend=backend, kv_cache=kv_cache)
+        self._lock = FairLock()
         self._state: Literal["ready", "failed", "closed"] = "ready"
         self._is_alone = group.size == 1
-        self._outbox = Outbox()
-        self._intake = Intake(
-            facts=facts, config=config, num_blocks=kv_cache.num_blocks, block_size=block_size, tokenizer=tokenizer
+        self._store = ConfigStore(config)
+        self.config = LiveConfig(self._store, WeakMethod(self.update_config))
+        intake = Intake(
+            facts=facts, config=self._store, num_blocks=num_blocks, block_size=block_size, tokenizer=tokenizer
         )
-        guard.agree("create the engine", self._intake.limits())
-        self._exchange = EventExchange(group)
+        guard.agree("create the engine", intake.limits())
+        exchange = EventExchange(group)
+        self._updates = LiveUpdates(self._store, group, exchange)
+        scheduler = Scheduler(BlockAllocator(num_blocks), block_size=block_size)
+        switches = BackendSwitches(
+            switch,
+            runner=self._runner,
+            store=self._store,
+            updates=self._updates,
+            group=group,
+            exchange=exchange,
+            blocks_in_use=lambda: scheduler.blocks_in_use,
+        )
         self._core: EngineCore | None = EngineCore(
-            runner=ModelRunner(model, backend=backend, kv_cache=kv_cache),
+            runner=self._runner,
             sampler=Sampler(group, vocab_range),
-            scheduler=Scheduler(config.inference.scheduler, BlockAllocator(kv_cache.num_blocks), block_size=block_size),
-            exchange=self._exchange,
+            scheduler=scheduler,
+            exchange=exchange,
+            intake=intake,
+            config=self._store,
+            updates=self._updates,
+            switches=switches,
             guard=guard,
             device=group.device,
             eos_token_ids=facts.eos_token_ids,
             tokenizer=tokenizer,
             with_rope_lengths=facts.length_dependent_rope,
         )
+        self._desk: RequestDesk | None = RequestDesk(self._core, intake, is_alone=self._is_alone)
 
     @property
     def kv_cache(self) -> PagedKVCache:
         """The paged cache."""
-        if self._kv_cache is None:
+        if self._runner is None:
             raise _illegal("kv_cache", self._state)
-        return self._kv_cache
+        return self._runner.kv_cache
 
     @property
     def num_unfinished(self) -> int:
         """Requests that wait or run."""
         with self._lock:
-            return self._ready("num_unfinished").scheduler.num_unfinished + self._exchange.num_pending_adds
+            return self._ready("num_unfinished").num_unfinished
 
     def generate(
         self,
@@ -110,9 +133,8 @@ class InferenceEngine:
         wanted = pair_prompts(prompts, sampling_params)
         call = Call(is_streaming=False)
         with self._lock:
-            self._ready("generate()")
-            valid = self._validate(wanted, call, must_all_be_valid=on_error == "raise")
-            self._submit_all(valid, call)
+            desk = self._ready("generate()")
+            desk.submit(desk.validate(wanted, call, must_all_be_valid=on_error == "raise"), call)
         with self._dropping(call):
             while call.is_open:
                 stats = self._step_for(call, "generate()")
@@ -135,8 +157,7 @@ class InferenceEngine:
         wanted = pair_prompts(prompts, sampling_params)
         call = Call(is_streaming=True)
         with self._lock:
-            self._ready("stream()")
-            valid = self._validate(wanted, call, must_all_be_valid=True)
+            valid = self._ready("stream()").validate(wanted, call, must_all_be_valid=True)
         return self._stream(valid, call)
 
     def add_request(
@@ -144,20 +165,14 @@ class InferenceEngine:
     ) -> str:
         """Queue one request and return its id; `step()` hands out its output."""
         with self._lock:
-            self._ready("add_request()")
-            if request_id is not None and (not isinstance(request_id, str) or self._is_known(request_id)):
-                raise RequestError(
-                    f"request_id={request_id!r} is not text, or is in use",
-                    remedy="choose another, reuse it once the request has finished, or leave it out",
-                )
-            valid = self._intake.validate(prompt, SamplingParams() if sampling_params is None else sampling_params)
-            return self._submit(valid, index=0, request_id=request_id)
+            params = SamplingParams() if sampling_params is None else sampling_params
+            return self._ready("add_request()").add(prompt, params, request_id)
 
     def step(self) -> list[RequestOutput]:
         """Run one step; the outputs of added requests that have finished since the last call."""
         with self._lock:
             self._run_step("step()")
-            return self._outbox.take()
+            return self._ready("step()").take()
 
     def abort(self, request_id: str) -> bool:
         """End a request early; False if it is unknown or has finished.
@@ -165,28 +180,54 @@ class InferenceEngine:
         Its output says "abort" and holds what was generated. With several ranks this happens in the next step.
         """
         with self._lock:
-            core = self._ready("abort()")
-            if not self._is_known(request_id):
-                return False
-            self._exchange.post(AbortRequest(request_id))
-            if self._is_alone:
-                core.receive()
-                self._outbox.deliver(core.take_finished())
-            return True
+            return self._ready("abort()").abort(request_id)
+
+    def update_config(self, changes: Mapping[str, object], *, source: str = "call") -> ConfigUpdate:
+        """Change several live fields at once, between two steps: on every rank at the same one, or on none.
+
+        What this rank refuses (a name, a value, a subscriber's veto) raises here, all of it in one ConfigError, and
+        nothing has changed. With one rank the update is in effect on return; with several it waits for the next step,
+        where a veto of any rank gives it up on all: the `ConfigUpdate` then tells. Requests that were queued before it
+        keep their defaults, later ones get the new ones. A rank above 0 makes the same call, or none.
+        """
+        with self._lock:
+            desk = self._ready("update_config()")
+            if self._is_alone and not self._updates.is_asking:
+                desk.receive()  # what was queued before is admitted before
+            return self._updates.update(changes, source)
+
+    def switch_backend(self, name: str) -> BackendChange:
+        """Exchange the attention backend between two steps, with live requests: on every rank, or on none.
+
+        What this rank can see to be impossible (an unknown or refused name) raises here. With one rank the rest raises
+        too, and the backend serves on return; with several it is settled in the next step, and `BackendChange` tells.
+        Requests keep their tokens, and the cache is converted if the layouts differ. Raises `BackendUnavailableError`,
+        `PluginError`, `ConfigError` or `CapacityError`; the old backend then serves on. A rank above 0 makes the same
+        call, or none.
+        """
+        with self._lock:
+            self._refuse_in_callback("switch_backend()")
+            return self._ready("switch_backend()").switch_backend(name)
 
     def has_unfinished(self) -> bool:
         """Whether `step()` has anything left to do or to hand out."""
         with self._lock:
-            return bool(self.num_unfinished or self._exchange.has_pending or self._outbox.has_outputs)
+            return self._ready("has_unfinished()").has_work
 
     def close(self) -> None:
-        """Drop all requests and let go of the model and the cache. Idempotent; every other call then raises."""
+        """Drop all requests and subscribers; let go of the model and the cache. Idempotent; other calls then raise.
+
+        An update that waits is rolled back; raises ConfigError, once closed, if a subscriber failed in that.
+        """
         with self._lock:
+            self._refuse_in_callback("close()")
             if self._core is not None:
                 self._core.drop(set(self._core.live))
+                self._core.switches.close()
             self._state = "closed"
-            self._core = self._kv_cache = None
-            self._outbox = Outbox()
+            self._core = self._desk = self._runner = None
+            self._updates.close()
+            self._store.close()
 
     def __enter__(self) -> InferenceEngine:
         self._ready("with")
@@ -199,8 +240,7 @@ class InferenceEngine:
 
     def _stream(self, valid: list[tuple[int, ValidPrompt]], call: Call) -> Iterator[StreamChunk]:
         with self._lock:
-            self._ready("stream()")
-            self._submit_all(valid, call)
+            self._ready("stream()").submit(valid, call)
         with self._dropping(call):
             while call.is_open or call.chunks:
                 while call.chunks:
@@ -211,60 +251,18 @@ class InferenceEngine:
                         raise error
                 self._step_for(call, "stream()")
 
-    def _validate(
-        self, wanted: list[tuple[Prompt, SamplingParams]], call: Call, *, must_all_be_valid: bool
-    ) -> list[tuple[int, ValidPrompt]]:
-        """The valid requests with their index; the others become outputs of the call, or one error."""
-        valid: list[tuple[int, ValidPrompt]] = []
-        errors: dict[int, RequestError] = {}
-        for index, (prompt, params) in enumerate(wanted):
-            try:
-                valid.append((index, self._intake.validate(prompt, params)))
-            except RequestError as error:
-                errors[index] = error
-                call.close(rejected(index, prompt, error))
-        if errors and must_all_be_valid:
-            raise summary(errors, len(wanted))
-        return valid
-
-    def _submit_all(self, valid: list[tuple[int, ValidPrompt]], call: Call) -> None:
-        for index, prompt in valid:
-            request_id = self._submit(prompt, index=index)
-            self._outbox.expect(request_id, call)
-
-    def _submit(self, valid: ValidPrompt, *, index: int, request_id: str | None = None) -> str:
-        number = self._ready("add_request()").num_added + self._exchange.num_pending_adds
-        request_id = self._new_id(number) if request_id is None else request_id
-        sampling = valid.sampling
-        if not valid.has_own_seed:
-            sampling = replace(sampling, seed=derived_seed(sampling.seed, number))
-        self._exchange.post(AddRequest(request_id, index, valid.prompt, valid.token_ids, sampling))
-        return request_id
-
-    def _new_id(self, number: int) -> str:
-        """A free id that depends only on what was submitted before, so that it is the same on every rank."""
-        while self._is_known(f"request-{number}"):
-            number += 1
-        return f"request-{number}"
-
-    def _is_known(self, request_id: str) -> bool:
-        return request_id in self._ready("abort()").live or self._exchange.adds(request_id)
-
     def _step_for(self, call: Call, name: str) -> StepStats | None:
         """One step on behalf of a call; None if another thread has just finished the call's requests."""
         with self._lock:
             return self._run_step(name) if call.is_open else None
 
     def _run_step(self, name: str) -> StepStats:
-        core = self._ready(name)
+        self._refuse_in_callback(name)
         try:
-            result = core.step()
+            return self._ready(name).step()
         except (RankFailure, EnvironmentMismatchError):
             self._state = "failed"
             raise
-        self._outbox.note(result.advanced)
-        self._outbox.deliver(core.take_finished())
-        return result.stats
 
     @contextmanager
     def _dropping(self, call: Call) -> Iterator[None]:
@@ -279,22 +277,21 @@ class InferenceEngine:
             raise
 
     def _leave(self, call: Call, *, is_agreed: bool) -> None:
-        """Give up what a call left; `is_agreed` if every rank is doing the same right now."""
         with self._lock:
-            left = set(call.request_ids)
-            if self._core is None:
-                return
-            if self._is_alone or is_agreed:
-                self._core.drop(left)
-                self._outbox.forget(left)
-                return
-            for request_id in sorted(left):
-                self._exchange.post(AbortRequest(request_id))
+            if self._desk is not None:
+                self._desk.leave(call, is_agreed=is_agreed)
 
-    def _ready(self, name: str) -> EngineCore:
-        if self._core is None or self._state != "ready":
+    def _ready(self, name: str) -> RequestDesk:
+        if self._desk is None or self._state != "ready":
             raise _illegal(name, self._state)
-        return self._core
+        return self._desk
+
+    def _refuse_in_callback(self, name: str) -> None:
+        if self._updates.is_asking:
+            raise StateError(
+                f"{name} by a callback of a running update",
+                remedy="legal calls in a callback: reading, subscribe(), update_config() (its turn comes afterwards)",
+            )
 
 
 def _illegal(name: str, state: str) -> StateError:

@@ -8,19 +8,19 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import NamedTuple, Protocol
 
-from inference_shardformer.engine.sampling_params import ResolvedSampling
+from inference_shardformer.engine.sampling_params import SamplingParams
 from inference_shardformer.errors import EnvironmentMismatchError
 
 
 @dataclass(frozen=True)
 class AddRequest:
-    """A validated request joins the waiting queue."""
+    """A validated request joins the waiting queue; it takes the sampling defaults that hold at that moment."""
 
     request_id: str
     index: int
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
-    sampling: ResolvedSampling
+    params: SamplingParams
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,22 @@ class AbortRequest:
     request_id: str
 
 
-Event = AddRequest | AbortRequest
+@dataclass(frozen=True)
+class UpdateConfig:
+    """Live settings change, if every rank accepts it. `changes` is what `encode_changes` made of them."""
+
+    changes: str
+    source: str
+
+
+@dataclass(frozen=True)
+class SwitchBackend:
+    """The attention backend is exchanged, if every rank is ready for it."""
+
+    name: str
+
+
+Event = AddRequest | AbortRequest | UpdateConfig | SwitchBackend
 
 
 class Delivery(NamedTuple):
@@ -62,7 +77,9 @@ class ByteGroup(Protocol):
 class EventExchange:
     """Collects the local calls between two steps and replaces them by those of rank 0.
 
-    Ranks above 0 may make the same calls as rank 0, which is checked, or none, and follow.
+    Ranks above 0 may make the same calls as rank 0, which is checked, or none, and follow. Updates of the configuration
+    and switches of the backend are posted on rank 0 alone and not compared: what another rank asks for is nothing but
+    a wish.
     """
 
     def __init__(self, group: ByteGroup) -> None:
@@ -72,8 +89,8 @@ class EventExchange:
 
     @property
     def has_pending(self) -> bool:
-        """Whether there were local calls since the last step."""
-        return bool(self._pending)
+        """Whether requests were added or aborted by local calls since the last step."""
+        return bool(_about_requests(self._pending))
 
     @property
     def num_pending_adds(self) -> int:
@@ -92,7 +109,11 @@ class EventExchange:
 
     def forget(self, request_ids: set[str]) -> None:
         """Drop the local calls about these requests."""
-        self._pending = [event for event in self._pending if event.request_id not in request_ids]
+        self._pending = [
+            event
+            for event in self._pending
+            if isinstance(event, UpdateConfig | SwitchBackend) or event.request_id not in request_ids
+        ]
         self._pending_adds -= request_ids
 
     def receive(self) -> Delivery:
@@ -105,13 +126,13 @@ class EventExchange:
         group = self._group
         if group.size == 1:
             return Delivery(local, [])
-        own = encode_events(local) if local else b""
-        payload = group.broadcast_bytes(own if group.rank == 0 else None)
+        payload = group.broadcast_bytes(encode_events(local) if local and group.rank == 0 else None)
+        compared = _about_requests(local)
         if not payload:
-            if local:
+            if compared:
                 raise _diverged([group.rank])
             return Delivery([], [])
-        digests = group.all_gather_bytes(sha256(own).digest() if own else b"")
+        digests = group.all_gather_bytes(sha256(encode_events(compared)).digest() if compared else b"")
         diverged = [rank for rank, digest in enumerate(digests) if digest and digest != digests[0]]
         return Delivery(local if group.rank == 0 else decode_events(payload), diverged)
 
@@ -127,22 +148,23 @@ def decode_events(payload: bytes) -> list[Event]:
     return [_decode(record) for record in json.loads(payload)]
 
 
-_NAMES: dict[type, str] = {AddRequest: "add", AbortRequest: "abort"}
+_NAMES: dict[type, str] = {AddRequest: "add", AbortRequest: "abort", UpdateConfig: "configure", SwitchBackend: "switch"}
 
 
 def _decode(record: dict) -> Event:
-    if record["type"] == "abort":
-        return AbortRequest(record["request_id"])
-    sampling = dict(record["sampling"])
-    sampling["stop"] = tuple(sampling["stop"])
-    sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
-    return AddRequest(
-        request_id=record["request_id"],
-        index=record["index"],
-        prompt=record["prompt"],
-        prompt_token_ids=tuple(record["prompt_token_ids"]),
-        sampling=ResolvedSampling(**sampling),
-    )
+    kind = record.pop("type")
+    if kind == "abort":
+        return AbortRequest(**record)
+    if kind == "configure":
+        return UpdateConfig(**record)
+    if kind == "switch":
+        return SwitchBackend(**record)
+    params = SamplingParams(**record.pop("params"))
+    return AddRequest(prompt_token_ids=tuple(record.pop("prompt_token_ids")), params=params, **record)
+
+
+def _about_requests(events: Sequence[Event]) -> list[Event]:
+    return [event for event in events if not isinstance(event, UpdateConfig | SwitchBackend)]
 
 
 def _diverged(ranks: list[int]) -> EnvironmentMismatchError:

@@ -7,26 +7,26 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 
 from inference_shardformer.config.model import ModelFacts
-from inference_shardformer.config.resolved import ResolvedConfig
+from inference_shardformer.config.snapshot import ConfigSnapshot
+from inference_shardformer.config.store import ConfigStore
+from inference_shardformer.config.templates import filled
 from inference_shardformer.engine.detokenizer import Tokenizer
 from inference_shardformer.engine.sampling_params import ResolvedSampling, SamplingParams
 from inference_shardformer.errors import RequestError
 from inference_shardformer.kv_cache.sizing import blocks_for
 
 Prompt = str | Sequence[int]
+Problem = tuple[str, str]
+"""What is wrong, and what to do."""
 
 
 @dataclass(frozen=True)
 class ValidPrompt:
-    """A prompt that can be queued: its tokens, and sampling without a `None`.
-
-    `has_own_seed` tells a seed of the request from one that the engine has yet to derive.
-    """
+    """A prompt that can be queued: what the user gave, its tokens, and how to sample."""
 
     prompt: str | None
     token_ids: tuple[int, ...]
-    sampling: ResolvedSampling
-    has_own_seed: bool
+    params: SamplingParams
 
 
 class Intake:
@@ -36,7 +36,7 @@ class Intake:
         self,
         *,
         facts: ModelFacts,
-        config: ResolvedConfig,
+        config: ConfigStore,
         num_blocks: int,
         block_size: int,
         tokenizer: Tokenizer | None,
@@ -47,15 +47,20 @@ class Intake:
         self._block_size = block_size
         self._tokenizer = tokenizer
 
+    @property
+    def seed(self) -> int:
+        """The seed from which those of requests are derived."""
+        return self._config.inference.seed
+
     def limits(self) -> dict[str, str]:
         """What must be the same on every rank, or they would schedule differently."""
-        scheduler = self._config.inference.scheduler
+        config = self._config.current
         return {
             "cache.num_blocks": str(self._num_blocks),
             "cache.block_size": str(self._block_size),
-            "max_model_len": str(self._config.max_model_len),
-            "scheduler.max_num_seqs": str(scheduler.max_num_seqs),
-            "scheduler.max_num_batched_tokens": str(scheduler.max_num_batched_tokens),
+            "max_model_len": str(config.config.max_model_len),
+            "scheduler.max_num_seqs": str(config.inference.scheduler.max_num_seqs),
+            "scheduler.max_num_batched_tokens": str(config.inference.scheduler.max_num_batched_tokens),
             "tokenizer": "none" if self._tokenizer is None else type(self._tokenizer).__name__,
         }
 
@@ -66,19 +71,34 @@ class Intake:
                 f"sampling_params is a {type(params).__name__}", remedy="pass SamplingParams, or None for the defaults"
             )
         token_ids = self._token_ids(prompt)
-        inference = self._config.inference
+        sampling, length_problems = self._resolve(len(token_ids), params, self._config.current)
+        problems = [
+            *self._vocabulary_problems(token_ids, sampling),
+            *self._stop_problems(sampling),
+            *length_problems,
+        ]
+        _raise_for(problems)
+        return ValidPrompt(prompt if isinstance(prompt, str) else None, token_ids, params)
+
+    def admit(self, num_prompt_tokens: int, params: SamplingParams, snapshot: ConfigSnapshot) -> ResolvedSampling:
+        """The sampling of a valid request under the defaults of `snapshot`.
+
+        Raises `RequestError` if these came after its validation and it does not fit any more.
+        """
+        sampling, problems = self._resolve(num_prompt_tokens, params, snapshot)
+        _raise_for(problems)
+        return sampling
+
+    def _resolve(
+        self, num_prompt_tokens: int, params: SamplingParams, snapshot: ConfigSnapshot
+    ) -> tuple[ResolvedSampling, list[Problem]]:
+        inference = snapshot.inference
         sampling = params.resolve(inference.sampling, seed=inference.seed)
-        problems = [*self._vocabulary_problems(token_ids, sampling), *self._stop_problems(sampling)]
-        room = self._config.max_model_len - len(token_ids)
+        limit = snapshot.config.max_model_len
         if params.max_new_tokens is None:
-            sampling = replace(sampling, max_new_tokens=max(1, min(sampling.max_new_tokens, room)))
-        problems += self._length_problems(len(token_ids), sampling.max_new_tokens, room)
-        if problems:
-            raise RequestError(
-                "; ".join(problem for problem, _ in problems), remedy="; ".join(remedy for _, remedy in problems)
-            )
-        text = prompt if isinstance(prompt, str) else None
-        return ValidPrompt(text, token_ids, sampling, has_own_seed=params.seed is not None)
+            room = max(1, limit - num_prompt_tokens)
+            sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+        return sampling, self._length_problems(num_prompt_tokens, sampling.max_new_tokens, limit)
 
     def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
@@ -100,9 +120,10 @@ class Intake:
                 "the prompt is text, and this engine has no tokenizer",
                 remedy="pass token ids, or attach the model with tokenizer=",
             )
-        return tuple(self._tokenizer.encode(prompt))
+        template = self._config.inference.prompt.template
+        return tuple(self._tokenizer.encode(prompt if template is None else filled(template, prompt)))
 
-    def _vocabulary_problems(self, token_ids: tuple[int, ...], sampling: ResolvedSampling) -> list[tuple[str, str]]:
+    def _vocabulary_problems(self, token_ids: tuple[int, ...], sampling: ResolvedSampling) -> list[Problem]:
         valid = f"token ids of this model are 0 to {self._vocab_size - 1}"
         problems = []
         if min(token_ids) < 0 or max(token_ids) >= self._vocab_size:
@@ -113,7 +134,7 @@ class Intake:
             problems.append((f"stop_token_ids={foreign} are not in the vocabulary", valid))
         return problems
 
-    def _stop_problems(self, sampling: ResolvedSampling) -> list[tuple[str, str]]:
+    def _stop_problems(self, sampling: ResolvedSampling) -> list[Problem]:
         if not sampling.stop or self._tokenizer is not None:
             return []
         return [
@@ -123,8 +144,8 @@ class Intake:
             )
         ]
 
-    def _length_problems(self, num_prompt_tokens: int, max_new_tokens: int, room: int) -> list[tuple[str, str]]:
-        limit = self._config.max_model_len
+    def _length_problems(self, num_prompt_tokens: int, max_new_tokens: int, limit: int) -> list[Problem]:
+        room = limit - num_prompt_tokens
         if room < 1:
             return [
                 (
@@ -180,6 +201,13 @@ def pair_prompts(
             remedy="pass one SamplingParams for all prompts, or exactly one for each",
         )
     return list(zip(wanted, params, strict=True))
+
+
+def _raise_for(problems: Sequence[Problem]) -> None:
+    if problems:
+        raise RequestError(
+            "; ".join(problem for problem, _ in problems), remedy="; ".join(remedy for _, remedy in problems)
+        )
 
 
 def _as_integers(values: Sequence[int]) -> tuple[int, ...]:

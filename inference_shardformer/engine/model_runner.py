@@ -37,8 +37,12 @@ class ModelRunner:
 
     def __init__(self, model: CausalModel, *, backend: AttentionBackend, kv_cache: PagedKVCache) -> None:
         self._model = model
-        self._backend = backend
-        self._kv_cache = kv_cache
+        self.backend = backend
+        self.kv_cache = kv_cache
+
+    def bind(self, backend: AttentionBackend, kv_cache: PagedKVCache) -> None:
+        """Plan with this backend, over this cache, from the next step on. The model is bound by who built it."""
+        self.backend, self.kv_cache = backend, kv_cache
 
     @torch.inference_mode()
     def run(self, batch: ForwardBatch) -> torch.Tensor:
@@ -47,7 +51,7 @@ class ModelRunner:
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
-            attn_metadata=self._backend.plan(batch.ragged, self._kv_cache),
+            attn_metadata=self.backend.plan(batch.ragged, self.kv_cache),
             logits_to_keep=batch.logits_indices,
         )
         return output.logits[0].float()

@@ -25,7 +25,8 @@ class RequestOutput:
     `index` is its place in the call that brought it. `finish_reason` is "stop" (an end-of-sequence token, a stop id or
     a stop text), "length", "abort" or "rejected"; `stop_reason` is the stop id or text that was met. `token_ids` are
     the generated ones, the ending one included; `text` ends before a stop text. `error` says why a request was
-    rejected, or why it could not go on.
+    rejected, or why it could not go on. `config_epoch` is the epoch of the configuration whose sampling defaults hold
+    for it from its first to its last token.
     """
 
     request_id: str
@@ -38,6 +39,7 @@ class RequestOutput:
     stop_reason: str | int | None = None
     usage: Usage = Usage()
     error: RequestError | None = None
+    config_epoch: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class StreamChunk:
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one step did, and what it left."""
+    """What one step did, and what it left. `config_epoch` is that of the limits it was scheduled with."""
 
     num_prefill_tokens: int
     num_decode_tokens: int
@@ -64,3 +66,4 @@ class StepStats:
     num_waiting: int
     num_free_blocks: int
     seconds: float
+    config_epoch: int = 0

@@ -26,6 +26,8 @@ class Request:
 
     token_ids      prompt ............... | output ......
     num_computed_tokens  ^ keys and values up to here are in the cache
+
+    `config_epoch` is that of the configuration it was admitted with, whose defaults are in `sampling`.
     """
 
     def __init__(
@@ -36,11 +38,13 @@ class Request:
         *,
         prompt: str | None = None,
         index: int = 0,
+        config_epoch: int = 0,
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
         self.index = index
         self.sampling = sampling
+        self.config_epoch = config_epoch
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0

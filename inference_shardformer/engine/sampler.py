@@ -8,9 +8,11 @@ from typing import Protocol
 import torch
 
 from inference_shardformer.engine.distribution import draw, probabilities, uniform
+from inference_shardformer.engine.history import look_back
 from inference_shardformer.engine.request import Request
 
 NOT_FINITE = -1
+NOTHING_LEFT = -2
 
 
 class TensorGroup(Protocol):
@@ -31,7 +33,8 @@ class Sampler:
     """Chooses tokens; the same on every rank, for any number of ranks.
 
     This rank's logits are the columns `vocab_range` of the vocabulary, followed by padding that is never chosen.
-    Greedy rows exchange one (value, index) pair; rows that draw exchange their logits, rank 0 draws.
+    Greedy rows exchange one (value, index) pair; rows that draw, or that look back at their tokens, exchange their
+    logits, and rank 0 chooses.
     """
 
     def __init__(self, group: TensorGroup, vocab_range: tuple[int, int]) -> None:
@@ -41,18 +44,19 @@ class Sampler:
         self._vocab_ranges: list[list[int]] = group.all_gather(ranges, dim=0).tolist()
 
     def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
-        """A token id for each row of `logits` `[num_rows, local_vocab]`, or `NOT_FINITE` where logits are NaN or inf.
+        """A token id for each row of `logits` `[num_rows, local_vocab]`.
 
-        Rows belong to `requests` in order. One transfer to the host where all rows are greedy.
+        `NOT_FINITE` where logits are NaN or inf, `NOTHING_LEFT` where the tokens so far ban all others. Rows belong to
+        `requests` in order. One transfer to the host where all rows are greedy and none looks back.
         """
-        greedy = [row for row, request in enumerate(requests) if request.sampling.is_greedy]
-        if len(greedy) == len(requests):
-            return self._argmax(logits).tolist() if greedy else []
-        drawn = [row for row, request in enumerate(requests) if not request.sampling.is_greedy]
+        sharded = [row for row, request in enumerate(requests) if _needs_no_logits_of_others(request)]
+        if len(sharded) == len(requests):
+            return self._argmax(logits).tolist() if sharded else []
+        whole = [row for row, request in enumerate(requests) if not _needs_no_logits_of_others(request)]
         chosen = torch.empty(len(requests), dtype=torch.int64, device=logits.device)
-        if greedy:
-            chosen[greedy] = self._argmax(logits[greedy])
-        chosen[drawn] = self._draw(logits[drawn], [requests[row] for row in drawn])
+        if sharded:
+            chosen[sharded] = self._argmax(logits[sharded])
+        chosen[whole] = self._choose(logits[whole], [requests[row] for row in whole])
         return chosen.tolist()
 
     def _argmax(self, logits: torch.Tensor) -> torch.Tensor:
@@ -69,13 +73,21 @@ class Sampler:
         value, token_id = gathered[winner, torch.arange(num_rows, device=logits.device)].unbind(-1)
         return torch.where(value.isfinite(), token_id, float(NOT_FINITE)).long()
 
-    def _draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+    def _choose(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+        """Tokens of rows whose logits rank 0 must see whole; int64 `[num_rows]`."""
         whole = self._true_columns(self._group.all_gather(logits.contiguous(), dim=-1), logits.shape[1])
         token_ids = torch.empty(len(requests), dtype=torch.int64, device=logits.device)
         if self._group.rank == 0:
-            probs = probabilities(whole, [request.sampling for request in requests])
-            drawn = draw(probs, [uniform(request.sampling.seed, request.num_output_tokens) for request in requests])
-            token_ids = torch.where(whole.amax(dim=-1).isfinite(), drawn, NOT_FINITE)
+            is_finite = whole.amax(dim=-1).isfinite()
+            look_back(whole, requests)
+            greedy = [row for row, request in enumerate(requests) if request.sampling.is_greedy]
+            drawn = [row for row, request in enumerate(requests) if not request.sampling.is_greedy]
+            if greedy:
+                token_ids[greedy] = _first_argmax(whole[greedy])
+            if drawn:
+                token_ids[drawn] = _drawn(whole[drawn], [requests[row] for row in drawn])
+            token_ids.masked_fill_(whole.amax(dim=-1) == -torch.inf, NOTHING_LEFT)
+            token_ids.masked_fill_(~is_finite, NOT_FINITE)
         return self._group.broadcast(token_ids, src=0)
 
     def _true_columns(self, gathered: torch.Tensor, local_vocab: int) -> torch.Tensor:
@@ -85,6 +97,15 @@ class Sampler:
             for rank, (start, end) in enumerate(self._vocab_ranges)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _needs_no_logits_of_others(request: Request) -> bool:
+    return request.sampling.is_greedy and not request.sampling.looks_back
+
+
+def _drawn(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+    probs = probabilities(logits, [request.sampling for request in requests])
+    return draw(probs, [uniform(request.sampling.seed, request.num_output_tokens) for request in requests])
 
 
 def _first_argmax(rows: torch.Tensor) -> torch.Tensor:

@@ -6,10 +6,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import TypeGuard
+from typing import TypeGuard, TypeVar
 
 from inference_shardformer.config.inference import SamplingDefaults
 from inference_shardformer.errors import RequestError
+
+Value = TypeVar("Value")
+
+_INTEGERS = ("max_new_tokens", "top_k", "no_repeat_ngram_size", "seed")
+_NUMBERS = ("temperature", "top_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,8 @@ class ResolvedSampling:
     temperature: float
     top_k: int
     top_p: float
+    repetition_penalty: float
+    no_repeat_ngram_size: int
     seed: int
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
@@ -31,6 +38,11 @@ class ResolvedSampling:
         """Whether the likeliest token always wins."""
         return self.temperature == 0.0
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether the tokens so far change the logits of the next one."""
+        return self.repetition_penalty != 1.0 or self.no_repeat_ngram_size > 0
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -39,6 +51,8 @@ class SamplingParams:
     `temperature` 0 is greedy; `top_k` 0 keeps every token. The draw depends on `seed` and the number of tokens
     generated so far, on nothing else: the same prompt with the same seed gives the same tokens in any company. A
     request without a seed gets one from the engine's seed and its number, so that equal prompts draw differently.
+    `repetition_penalty` above 1 makes tokens of the prompt and the output less likely, `no_repeat_ngram_size` n lets no
+    sequence of n tokens occur twice in them; both as Hugging Face does it, before the temperature, greedy or not.
     Generation ends at an end-of-sequence token unless `ignore_eos`, at one of `stop_token_ids` (both stay in the
     token ids), at one of the texts in `stop` (the text ends before it), or after `max_new_tokens`.
     Raises `RequestError` that lists every invalid value.
@@ -48,10 +62,12 @@ class SamplingParams:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
     seed: int | None = None
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
@@ -63,18 +79,24 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(int(token_id) for token_id in self.stop_token_ids))
+        for names, kind in ((_INTEGERS, int), (_NUMBERS, float)):  # plain numbers: they are sent to other ranks
+            for name in names:
+                value = getattr(self, name)
+                object.__setattr__(self, name, None if value is None else kind(value))
 
     def resolve(self, defaults: SamplingDefaults, *, seed: int = 0) -> ResolvedSampling:
         """Put the engine's defaults and its seed where this says nothing."""
         return ResolvedSampling(
-            max_new_tokens=int(defaults.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens),
-            temperature=float(defaults.temperature if self.temperature is None else self.temperature),
-            top_k=int(defaults.top_k if self.top_k is None else self.top_k),
-            top_p=float(defaults.top_p if self.top_p is None else self.top_p),
-            seed=int(seed if self.seed is None else self.seed),
+            max_new_tokens=_given(self.max_new_tokens, defaults.max_new_tokens),
+            temperature=_given(self.temperature, defaults.temperature),
+            top_k=_given(self.top_k, defaults.top_k),
+            top_p=_given(self.top_p, defaults.top_p),
+            repetition_penalty=_given(self.repetition_penalty, defaults.repetition_penalty),
+            no_repeat_ngram_size=_given(self.no_repeat_ngram_size, defaults.no_repeat_ngram_size),
+            seed=_given(self.seed, seed),
             stop=tuple(self.stop),
             stop_token_ids=tuple(self.stop_token_ids),
-            ignore_eos=self.ignore_eos,
+            ignore_eos=_given(self.ignore_eos, defaults.ignore_eos),
             skip_special_tokens=self.skip_special_tokens,
         )
 
@@ -84,12 +106,18 @@ class SamplingParams:
             _number("temperature", self.temperature, "a finite number, at least 0", lambda value: value >= 0),
             _integer("top_k", self.top_k, low=0),
             _number("top_p", self.top_p, "a number above 0, at most 1", lambda value: 0 < value <= 1),
+            _number("repetition_penalty", self.repetition_penalty, "a finite number above 0", lambda value: value > 0),
+            _integer("no_repeat_ngram_size", self.no_repeat_ngram_size, low=0),
             _integer("seed", self.seed, low=0, below=2**63),
             _stop(self.stop),
             _stop_token_ids(self.stop_token_ids),
-            _flag("ignore_eos", self.ignore_eos),
+            None if self.ignore_eos is None else _flag("ignore_eos", self.ignore_eos),
             _flag("skip_special_tokens", self.skip_special_tokens),
         ]
+
+
+def _given(value: Value | None, default: Value) -> Value:
+    return default if value is None else value
 
 
 def _integer(name: str, value: object, *, low: int, below: int | None = None) -> str | None:

@@ -41,17 +41,18 @@ class Scheduler:
     queue, and the request that arrived last is preempted first, back to that front. So the oldest request always
     moves on, and every request that fits the cache alone finishes.
 
+    Limits are read once a step, so they may change between steps. Where fewer sequences are allowed than run, those
+    that run go on to their end and nobody is admitted until then.
+
     Blocks for all known tokens of a request are taken on admission. Thus at most the last running request is in the
     middle of its prompt, and only decoding can run out of blocks.
     """
 
-    def __init__(self, config: SchedulerConfig, allocator: BlockAllocator, *, block_size: int) -> None:
+    def __init__(self, allocator: BlockAllocator, *, block_size: int) -> None:
         self.allocator = allocator
         self.block_size = block_size
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self._max_num_seqs = config.max_num_seqs
-        self._max_num_batched_tokens = config.max_num_batched_tokens
 
     @property
     def num_unfinished(self) -> int:
@@ -62,13 +63,13 @@ class Scheduler:
         """Queue a request behind all others."""
         self.waiting.append(request)
 
-    def schedule(self) -> SchedulerOutput:
-        """Choose the next step and take the blocks it needs."""
+    def schedule(self, limits: SchedulerConfig) -> SchedulerOutput:
+        """Choose the next step within `limits` and take the blocks it needs."""
         scheduled: list[ScheduledRequest] = []
         preempted: list[Request] = []
-        budget = self._schedule_running(scheduled, preempted)
+        budget = self._schedule_running(scheduled, preempted, limits.max_num_batched_tokens)
         if not preempted:
-            self._admit(scheduled, budget)
+            self._admit(scheduled, budget, limits.max_num_seqs)
         decodes = [entry for entry in scheduled if entry.num_new_tokens == 1]
         prefills = [entry for entry in scheduled if entry.num_new_tokens > 1]
         return SchedulerOutput(decodes + prefills, len(decodes), preempted)
@@ -80,6 +81,11 @@ class Scheduler:
         else:
             self.waiting.remove(request)
         self._release(request)
+
+    @property
+    def blocks_in_use(self) -> list[int]:
+        """The blocks that hold keys and values of running requests."""
+        return [block for request in self.running for block in request.block_table]
 
     def check_integrity(self) -> None:
         """Raise `StateError` if queues, block tables and allocator disagree."""
@@ -94,8 +100,8 @@ class Scheduler:
         if any(request.block_table or request.num_computed_tokens for request in self.waiting):
             raise StateError("a waiting request holds blocks", remedy="report this as a bug with the stack trace")
 
-    def _schedule_running(self, scheduled: list[ScheduledRequest], preempted: list[Request]) -> int:
-        budget = self._max_num_batched_tokens
+    def _schedule_running(self, scheduled: list[ScheduledRequest], preempted: list[Request], budget: int) -> int:
+        """Give every running request its tokens, the oldest first; returns what is left of `budget`."""
         position = 0
         while position < len(self.running) and budget > 0:
             request = self.running[position]
@@ -129,8 +135,8 @@ class Scheduler:
         request.status = RequestStatus.WAITING
         self.waiting.appendleft(request)
 
-    def _admit(self, scheduled: list[ScheduledRequest], budget: int) -> None:
-        while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
+    def _admit(self, scheduled: list[ScheduledRequest], budget: int, max_num_seqs: int) -> None:
+        while self.waiting and budget > 0 and len(self.running) < max_num_seqs:
             request = self.waiting[0]
             needed = blocks_for(request.num_tokens, self.block_size)
             # one block for each running request stays free, or the newcomer would soon be preempted by them

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from inference_shardformer.config.model import ModelFacts
 
+LEFT_OUT = "(left out)"  # the row of modules that stay as they are on purpose
+
 
 class TensorInfo(NamedTuple):
     """What a header tells of a tensor without reading it. `dtype` is the safetensors name, such as `BF16`."""

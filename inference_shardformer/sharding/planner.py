@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from inference_shardformer.errors import PolicyError
-from inference_shardformer.sharding.plan import ModulePlan, PlanContext, ShardingPlan, TensorInfo
-from inference_shardformer.sharding.styles import Style, vocab_range
+from inference_shardformer.sharding.plan import LEFT_OUT, ModulePlan, PlanContext, ShardingPlan, TensorInfo
+from inference_shardformer.sharding.styles import Replicate, Style, vocab_range
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,16 @@ Row = StyleRow | ReplaceRow
 
 
 def make_plan(
-    rows: Sequence[Row], *, tensors: Mapping[str, TensorInfo], module_paths: Iterable[str], context: PlanContext
+    rows: Sequence[Row],
+    *,
+    tensors: Mapping[str, TensorInfo],
+    module_paths: Iterable[str],
+    context: PlanContext,
+    left_out: frozenset[str] = frozenset(),
 ) -> ShardingPlan:
     """Match every row with the model's modules and every tensor with a row.
+
+    Modules at the paths `left_out` stay as they are, with all below them; that needs `tp_size` 1.
 
     Raises `PolicyError` for a row that matched nothing and a tensor that no row, or more than one, claims.
     """
@@ -40,9 +47,11 @@ def make_plan(
     modules: list[ModulePlan] = []
     replaced: list[tuple[str, str]] = []
     claimed: dict[str, str] = {}
+    modules += _leave_out(left_out, tensors, claimed, context)
     for row in rows:
-        matches = _matches(row, paths)
-        if not matches:
+        found = _matches(row, paths)
+        matches = [path for path in found if not _is_within(path, left_out)]
+        if not found:
             raise PolicyError(
                 f"the row {row.pattern!r} of the policy matches no module of {context.facts.architecture}",
                 remedy="remove the row or correct its pattern; `*` stands for one segment of the path",
@@ -56,6 +65,28 @@ def make_plan(
                 modules.append(ModulePlan(path, row.pattern, row.style.name, parameters, row.style.tied_to))
     _check_coverage(tensors, claimed)
     return ShardingPlan(context.facts, context.layout, tuple(modules), tuple(replaced), vocab_range(context))
+
+
+def _is_within(path: str, left_out: frozenset[str]) -> bool:
+    return any(path == owner or path.startswith(f"{owner}.") for owner in left_out)
+
+
+def _leave_out(
+    left_out: frozenset[str], tensors: Mapping[str, TensorInfo], claimed: dict[str, str], context: PlanContext
+) -> list[ModulePlan]:
+    """Whole modules, with everything below them."""
+    if left_out and context.layout.tp_size > 1:
+        raise PolicyError(
+            f"{len(left_out)} module(s) are left out, {sorted(left_out)[0]} among them, and tp_size is "
+            f"{context.layout.tp_size}: a module that stays whole cannot use a cache that is cut over ranks",
+            remedy="use tp_size 1, or adapt the class with policy.adapting(...)",
+        )
+    style = Replicate()
+    modules = []
+    for path in sorted(left_out, key=_natural):
+        modules.append(ModulePlan(path, LEFT_OUT, style.name, style.plan(path, tensors, context)))
+        claimed.update({name: LEFT_OUT for name in tensors if name.startswith(f"{path}.")})
+    return modules
 
 
 def _natural(path: str) -> list[tuple[int, int | str]]:

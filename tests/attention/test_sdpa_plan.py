@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-from attention_batches import CASES, make_problem
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,8 +11,12 @@ from inference_shardformer.attention.sdpa_plan import (
     plan_decodes,
     plan_prefills,
 )
+from inference_shardformer.conformance.cases import MIXED, RAGGED_DECODES, Case, named_batches
+from inference_shardformer.conformance.problem import make_problem
 
 BYTES_PER_TOKEN = 768
+BATCHES = named_batches(16)
+WINDOWED = Case((*RAGGED_DECODES, (0, 40), (20, 20)), window=16)
 
 
 @given(st.lists(st.integers(1, 4000), min_size=1, max_size=60).map(sorted))
@@ -40,30 +42,30 @@ def test_one_long_sequence_does_not_pad_the_short_ones() -> None:
 
 
 def test_equal_lengths_need_neither_mask_nor_order() -> None:
-    problem = make_problem(CASES["equal_decodes"], torch.float32)
+    problem = make_problem(Case(BATCHES["equal_decodes"]))
     plan = plan_decodes(problem.batch, problem.spec)
     assert plan.order is None
     assert [group.mask for group in plan.groups] == [None]
 
 
 def test_a_window_bounds_what_a_decode_gathers() -> None:
-    problem = make_problem(CASES["window_of_a_block"], torch.float32)
+    problem = make_problem(WINDOWED)
     plan = plan_decodes(problem.batch, problem.spec)
     assert max(group.num_keys for group in plan.groups) == 16
 
 
 def test_a_window_bounds_what_a_chunk_gathers() -> None:
-    problem = make_problem(CASES["window_of_a_block"], torch.float32)
+    problem = make_problem(WINDOWED)
     chunk = plan_prefills(problem.batch, problem.spec)[-1]
     assert len(chunk.slots) == 20 + 16 - 1  # the chunk's own tokens, and what its first query sees before itself
 
 
 def test_a_whole_prompt_needs_no_mask_and_a_chunk_does() -> None:
-    problem = make_problem(CASES["mixed"], torch.float32)
+    problem = make_problem(Case(MIXED))
     calls = plan_prefills(problem.batch, problem.spec)
     assert [call.mask is None for call in calls] == [True, False, True, False]
 
 
 def test_a_batch_without_decodes_has_no_decode_plan() -> None:
-    problem = make_problem(CASES["ragged_prefill"], torch.float32)
+    problem = make_problem(Case(BATCHES["ragged_prompts"]))
     assert plan_decodes(problem.batch, problem.spec) is None

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import importlib
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from typing import ClassVar
 
 import pytest
 import torch
-from attention_batches import Case
 
-from inference_shardformer.attention.base import AttentionBackend, AttentionSpec, Reason
+from inference_shardformer.attention import selector
+from inference_shardformer.attention.base import AttentionSpec, Reason
 from inference_shardformer.attention.reference import ReferenceAttention
 from inference_shardformer.attention.sdpa import SdpaAttention
-from inference_shardformer.attention.selector import build, candidates, make_registry, select
+from inference_shardformer.attention.selector import Selection, build, judge
+from inference_shardformer.attention.survey import BACKENDS, BackendRegistry, make_registry, make_survey
+from inference_shardformer.conformance.cases import MIXED, Case
 from inference_shardformer.errors import BackendUnavailableError, CapacityError, PluginError
 from inference_shardformer.plugins import Registry
+from inference_shardformer.probing.requirement import Requirement
 
-SPEC = Case(()).spec(torch.float32)
+CPU = torch.device("cpu")
+SPEC = Case(MIXED).spec(CPU)
+
+
+def select(spec: AttentionSpec, requested: str, registry: BackendRegistry = BACKENDS) -> Selection:
+    """Choose on this machine."""
+    return selector.select(spec, requested, make_survey(CPU, registry))
 
 
 class Picky(ReferenceAttention):
@@ -36,7 +49,7 @@ class FromTheFuture(ReferenceAttention):
 
 
 @pytest.fixture
-def registry() -> Registry[type[AttentionBackend]]:
+def registry() -> BackendRegistry:
     """The built-in backends and nothing installed, whatever the machine has."""
     registry = make_registry()
     registry.names()
@@ -93,8 +106,15 @@ class TestSelect:
     def test_plugins_stand_between_the_preferred_and_the_reference(self, registry):
         registry.register("zeta", Picky)
         registry.register("alpha", Picky)
-        assert candidates("cpu", registry) == ("sdpa", "alpha", "zeta", "reference")
-        assert candidates("xpu", registry) == ("alpha", "sdpa", "zeta", "reference")
+        survey = make_survey(CPU, registry)
+        assert [verdict.name for verdict in judge(SPEC, survey)] == ["sdpa", "alpha", "zeta", "reference"]
+        elsewhere = replace(SPEC, device=torch.device("xpu"))
+        assert [verdict.name for verdict in judge(elsewhere, survey)] == ["alpha", "sdpa", "zeta", "reference"]
+
+    def test_candidates_name_their_origin(self, registry):
+        registry.register("picky", Picky, origin="a test")
+        candidates = select(SPEC, "auto", registry).candidates()
+        assert candidates.startswith("sdpa (inference_shardformer.attention.sdpa:SdpaAttention), picky (a test), ")
 
     def test_same_facts_same_selection(self, registry):
         assert select(SPEC, "auto", registry) == select(SPEC, "auto", registry)
@@ -104,7 +124,7 @@ class TestPlugins:
     @pytest.mark.parametrize(
         ("target", "words"),
         [
-            ("no_such_module_at_all:Backend", "ModuleNotFoundError"),
+            ("no_such_module_at_all:Backend", r"failed to load: no_such_module_at_all is not installed \[missing\]"),
             (int, "is not a subclass of AttentionBackend"),
             (FromTheFuture, "is written for contract 99, this is contract 1"),
         ],
@@ -114,9 +134,106 @@ class TestPlugins:
         verdict = select(SPEC, "auto", registry).verdicts[1]
         assert verdict.name == "broken"
         assert verdict.reasons[0].code == "plugin"
-        assert words in verdict.reasons[0].message
+        assert re.search(words, verdict.reasons[0].message)
         with pytest.raises(PluginError, match=words):
             select(SPEC, "broken", registry)
+
+
+GROUP = "inference_shardformer.attention_backends"
+PLUGIN = """
+from inference_shardformer.attention.reference import ReferenceAttention
+from inference_shardformer.attention.base import Requirement
+
+class Backend(ReferenceAttention):
+    name = "plugged"
+    requires = REQUIRES
+"""
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """Installs a plug-in of one module as pip would; returns what finds it."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def install(module: str, source: str) -> BackendRegistry:
+        info = tmp_path / f"{module}-1.2.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.2\n")
+        (info / "entry_points.txt").write_text(f"[{GROUP}]\nplugged = {module}:Backend\n")
+        (tmp_path / f"{module}.py").write_text(source)
+        importlib.invalidate_caches()
+        return make_registry()
+
+    return install
+
+
+class TestInstalledPlugins:
+    def test_one_that_works_is_used(self, installed):
+        registry = installed("good_plugin", PLUGIN.replace("REQUIRES", "()"))
+        selection = select(SPEC, "plugged", registry)
+        assert build(selection, SPEC, registry).name == "plugged"
+        assert "entry point plugged = good_plugin:Backend of good_plugin 1.2" in selection.candidates()
+
+    def test_one_that_would_crash_us_is_a_verdict(self, installed):
+        registry = installed("crashing_plugin", "import os\nos.kill(os.getpid(), 11)\n")
+        verdict = select(SPEC, "auto", registry).verdicts[1]
+        assert (verdict.name, verdict.reasons[0].code) == ("plugged", "plugin")
+        assert "its import crashed with SIGSEGV" in verdict.reasons[0].message
+        assert "crashing_plugin" not in sys.modules
+        with pytest.raises(PluginError, match=r"of crashing_plugin 1.2 failed to load: .* crashed with SIGSEGV"):
+            select(SPEC, "plugged", registry)
+
+    def test_one_that_raises_says_what(self, installed):
+        registry = installed("raising_plugin", "raise ImportError('undefined symbol: _ZN3c10')\n")
+        with pytest.raises(PluginError, match=r"ImportError: undefined symbol: _ZN3c10 \[abi_mismatch\]"):
+            select(SPEC, "plugged", registry)
+
+    def test_one_that_fails_only_here_is_a_verdict_with_its_cause(self, installed):
+        here_only = "import sys\nif 'pytest' in sys.modules: raise OSError('only here')\nBackend = object\n"
+        registry = installed("moody_plugin", here_only)
+        assert "OSError: only here" in select(SPEC, "auto", registry).verdicts[1].reasons[0].message
+        with pytest.raises(PluginError, match="OSError: only here") as caught:
+            select(SPEC, "plugged", registry)
+        assert isinstance(caught.value.__cause__, OSError)
+
+    def test_one_without_its_library_is_refused_with_the_remedy(self, installed):
+        requires = "(Requirement('no_such_library', 'pip install no-such-library'),)"
+        registry = installed("hungry_plugin", PLUGIN.replace("REQUIRES", requires))
+        with pytest.raises(BackendUnavailableError, match=r"no_such_library is not installed \[missing\]") as caught:
+            select(SPEC, "plugged", registry)
+        assert "pip install no-such-library" in caught.value.remedy
+
+
+class TestSurvey:
+    def test_our_own_backends_start_no_process(self, monkeypatch, registry):
+        def started(*_args, **_kwargs):
+            raise AssertionError("a process was started")
+
+        monkeypatch.setattr(subprocess, "Popen", started)
+        assert [candidate.name for candidate in make_survey(CPU, registry).candidates] == ["sdpa", "reference"]
+
+    def test_a_library_for_another_device_is_not_probed(self, monkeypatch, registry):
+        class NeedsCuda(Picky):
+            name: ClassVar[str] = "needs_cuda"
+            requires = (Requirement("json", "none", platforms=("cuda",)), Requirement("no_such_library", "none"))
+
+        registry.register("needs_cuda", NeedsCuda)
+        assert {requirement.module for requirement in make_survey(CPU, registry).probes} == {"no_such_library"}
+
+    def test_a_device_that_is_not_there_has_nothing_probed(self, registry):
+        class NeedsLibrary(Picky):
+            name: ClassVar[str] = "needs_library"
+            requires = (Requirement("no_such_library", "none"),)
+
+        registry.register("needs_library", NeedsLibrary)
+        assert make_survey(torch.device("cuda", 99), registry).probes == {}
+
+    def test_what_is_imported_already_is_not_probed(self, monkeypatch):
+        registry: BackendRegistry = Registry("attention backend")
+        registry.register("here", f"{__name__}:Picky")
+        monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or sys.modules[Picky.__module__])
+        monkeypatch.setattr(subprocess, "Popen", None)
+        assert make_survey(CPU, registry).candidates[0].backend is Picky
 
 
 class WrongScale(SdpaAttention):
@@ -175,7 +292,22 @@ class OutOfSpace(SdpaAttention):
         raise CapacityError("workspace of 9 bytes is too small")
 
 
+class BreaksAtConstruction(SdpaAttention):
+    """Its library is loaded when it is constructed, and raises."""
+
+    name: ClassVar[str] = "breaks"
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        raise ImportError("undefined symbol: build")
+
+
 class TestProof:
+    def test_a_constructor_that_raises_is_a_refusal_with_its_cause(self, registry):
+        registry.register("breaks", BreaksAtConstruction)
+        with pytest.raises(BackendUnavailableError, match="'breaks' could not be constructed: ImportError") as caught:
+            build(select(SPEC, "breaks", registry), SPEC, registry)
+        assert isinstance(caught.value.__cause__, ImportError)
+
     @pytest.mark.parametrize(
         ("backend", "words"),
         [

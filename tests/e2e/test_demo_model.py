@@ -25,7 +25,7 @@ def folder() -> Path:
 
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> LlamaForCausalLM:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder).float().eval()
 
 
 def test_the_folder_is_small_and_complete(folder: Path) -> None:

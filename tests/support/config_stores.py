@@ -7,6 +7,7 @@ from typing import Any
 
 from inference_shardformer.config.fields import all_fields
 from inference_shardformer.config.inference import InferenceConfig
+from inference_shardformer.config.origins import DEFAULT
 from inference_shardformer.config.resolved import Decision, ResolvedConfig
 from inference_shardformer.config.shard import ShardConfig
 
@@ -23,6 +24,7 @@ DECIDED = {
     "inference.dtype": ("dtype", "bf16"),
     "inference.max_model_len": ("max_model_len", 128),
     "inference.attention.backend": ("attention_backend", "sdpa"),
+    "inference.cache.num_blocks": ("num_blocks", 77),
 }
 
 
@@ -30,7 +32,7 @@ def resolved(inference: InferenceConfig | None = None) -> ResolvedConfig:
     return ResolvedConfig(
         shard=ShardConfig(),
         inference=inference or InferenceConfig(),
-        decisions=tuple(Decision(path, "as asked", "default", "because") for path in all_fields()),
+        decisions=tuple(Decision(path, "as asked", DEFAULT, "because") for path in all_fields()),
         **dict(DECIDED.values()),
     )
 

@@ -14,7 +14,13 @@ import pytest
 import torch
 
 from inference_shardformer.attention.base import AttentionBackend, AttentionMetadata, AttentionSpec, RaggedBatch
-from inference_shardformer.config.inference import CacheConfig, InferenceConfig, SamplingDefaults, SchedulerConfig
+from inference_shardformer.config.inference import (
+    CacheConfig,
+    InferenceConfig,
+    PromptConfig,
+    SamplingDefaults,
+    SchedulerConfig,
+)
 from inference_shardformer.config.model import ModelFacts
 from inference_shardformer.config.resolved import ResolvedConfig
 from inference_shardformer.config.shard import ShardConfig
@@ -131,6 +137,8 @@ class Setup:
     max_model_len: int = 128
     max_new_tokens: int = 16
     seed: int = 0
+    sampling: dict[str, object] = field(default_factory=dict)
+    template: str | None = None
     alphabet: Sequence[int] = range(256)
     length_dependent_rope: bool = False
     tokenizer: ByteTokenizer | None = field(default_factory=ByteTokenizer)
@@ -144,7 +152,8 @@ class Setup:
             scheduler=SchedulerConfig(
                 max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens
             ),
-            sampling=SamplingDefaults(max_new_tokens=self.max_new_tokens),
+            sampling=SamplingDefaults(**{"max_new_tokens": self.max_new_tokens, **self.sampling}),
+            prompt=PromptConfig(template=self.template),
         )
         return ResolvedConfig(ShardConfig(), inference, 1, "cpu", 1, "fp32", "plain", self.max_model_len, ())
 

@@ -22,13 +22,26 @@ ALLOWED = {
     "distributed": {"errors"},
     "kv_cache": BASE,
     "layers": {"distributed", "kernels", "errors"},
-    "attention": BASE | {"kernels", "kv_cache", "plugins"},
+    "probing": set(),
+    "attention": BASE | {"kernels", "kv_cache", "plugins", "probing"},
     "sharding": BASE | {"distributed"},
     "modeling": {"layers", "attention", "distributed", "kv_cache", "errors"},
     "policies": BASE | {"modeling", "layers", "sharding", "plugins", "attention", "distributed"},
+    "conformance": {"attention", "kv_cache", "errors"},
     "engine": BASE | {"attention", "kv_cache", "distributed"},
     # The command line speaks through public names; beside them it reads a model's facts and starts ranks.
-    "cli": BASE | {"__init__", "distributed", "engine", "policies", "huggingface"},
+    "cli": BASE
+    | {
+        "__init__",
+        "distributed",
+        "engine",
+        "policies",
+        "huggingface",
+        "doctor",
+        "probing",
+        "explanation_text",
+        "tuning",
+    },
 }
 FORBIDDEN_INSIDE = {
     "modeling": ("attention.selector", "attention.sdpa", "attention.reference"),

@@ -6,15 +6,14 @@ import itertools
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from inference_shardformer.config.calls import call_assignments
 from inference_shardformer.config.fields import ROOTS, all_fields, all_groups, full_path, suggest
 from inference_shardformer.config.inference import CacheConfig, InferenceConfig
-from inference_shardformer.config.loader import Flag, load_config
+from inference_shardformer.config.loader import MergedConfig, load_config
 from inference_shardformer.config.origins import DEFAULT, Level, Origin
-from inference_shardformer.config.provenance import call_provenance
 from inference_shardformer.config.shard import ShardConfig
+from inference_shardformer.config.sources import ConfigSources, Flag
 from inference_shardformer.config.violations import ConfigViolations
 from inference_shardformer.errors import ConfigError
 
@@ -28,54 +27,35 @@ def write(folder: Path, name: str, text: str) -> str:
     return str(path)
 
 
+def load(*, inference: InferenceConfig | None = None, **sources) -> MergedConfig:
+    """What these sources and no others say."""
+    return load_config(ConfigSources(**{"environ": {}, **sources}), inference=inference)
+
+
 def refused(**sources) -> dict[str, tuple[str, str, str]]:
     """The violations of a load that must fail: path -> origin, rule, remedy."""
     with pytest.raises(ConfigViolations) as caught:
-        load_config(**sources)
+        load(**sources)
     return {item.path: (str(item.origin), item.rule, item.remedy) for item in caught.value.violations}
 
 
 def test_defaults_alone():
-    loaded = load_config()
+    loaded = load()
     assert loaded.shard == ROOTS["shard"]()
     assert loaded.inference == ROOTS["inference"]()
-    assert set(loaded.provenance) == set(all_fields())
-    assert set(loaded.provenance.values()) == {DEFAULT}
-
-
-@given(st.lists(st.integers(1, 1024), min_size=5, max_size=5), st.sets(st.integers(0, 4)))
-@settings(max_examples=60, deadline=None)
-def test_the_highest_level_wins(tmp_path_factory, values, present):
-    folder = tmp_path_factory.mktemp("levels")
-    texts = {i: f"inference: {{cache: {{block_size: {values[i]}}}}}" for i in (0, 1)}
-    files = [write(folder, f"{i}.yaml", texts[i]) for i in (0, 1) if i in present]
-    loaded = load_config(
-        files=files,
-        environ={VARIABLE: str(values[2])} if 2 in present else {},
-        sets=[f"cache.block_size={values[3]}"] if 3 in present else [],
-        call={"inference": {"cache": {"block_size": values[4]}}} if 4 in present else {},
-    )
-    winner = max(present, default=None)
-    assert loaded.inference.cache.block_size == (16 if winner is None else values[winner])
-    expected = {
-        None: DEFAULT,
-        2: Origin(Level.ENVIRONMENT, VARIABLE),
-        3: Origin(Level.CLI, f"--set cache.block_size={values[3]}"),
-        4: Origin(Level.CALL),
-    }
-    expected |= {i: Origin(Level.FILE, f"{folder}/{i}.yaml:1") for i in (0, 1)}
-    assert loaded.provenance[BLOCK] == expected[winner]
+    assert not loaded.stacks
+    assert {loaded.origin(path) for path in all_fields()} == {DEFAULT}
 
 
 def test_files_are_merged_leaf_by_leaf(tmp_path):
     first = write(tmp_path, "a.yaml", "shard:\n  tp_size: 2\ninference:\n  cache: {block_size: 8, num_blocks: 4}\n")
     second = write(tmp_path, "b.json", '{\n\t"inference": {\n\t\t"cache": {"block_size": 32}}}')
     third = write(tmp_path, "c.toml", '[shard]\ndevice = "cpu"\n\n[inference.sampling]\ntemperature = 1\n')
-    loaded = load_config(files=[first, second, third])
+    loaded = load(files=[first, second, third])
     assert (loaded.shard.tp_size, loaded.shard.device) == (2, "cpu")
     assert (loaded.inference.cache.block_size, loaded.inference.cache.num_blocks) == (32, 4)
     assert loaded.inference.sampling.temperature == 1.0
-    origins = {path: str(origin) for path, origin in loaded.provenance.items() if origin is not DEFAULT}
+    origins = {path: str(loaded.origin(path)) for path in loaded.stacks}
     assert origins == {
         "shard.tp_size": f"file {first}:2",
         "inference.cache.num_blocks": f"file {first}:4",
@@ -86,18 +66,18 @@ def test_files_are_merged_leaf_by_leaf(tmp_path):
 
 
 def test_flags_and_last_set_win():
-    loaded = load_config(
+    loaded = load(
         sets=["cache.block_size=8", "inference.cache.block_size=64"],
         flags=[Flag("--tp", "shard.tp_size", "4"), Flag("--dtype", "inference.dtype", "bf16")],
         environ={"INFERENCE_SHARDFORMER_SHARD__TP_SIZE": "2", "UNRELATED": "x"},
     )
     assert (loaded.shard.tp_size, loaded.inference.dtype, loaded.inference.cache.block_size) == (4, "bf16", 64)
-    assert str(loaded.provenance["shard.tp_size"]) == "option --tp"
+    assert str(loaded.origin("shard.tp_size")) == "option --tp"
 
 
 def test_empty_files_and_groups_assign_nothing(tmp_path):
     files = [write(tmp_path, "a.yaml", "# nothing\n"), write(tmp_path, "b.yaml", "inference:\n  cache:\n")]
-    assert load_config(files=files) == load_config()
+    assert load(files=files) == load()
 
 
 def test_every_violation_of_every_source_at_once(tmp_path):
@@ -119,7 +99,7 @@ def test_every_violation_of_every_source_at_once(tmp_path):
     assert found["inference.seed"][0] == "variable INFERENCE_SHARDFORMER_INFERENCE__SEED"
     assert found["inference.scheduler.max_num_seqs"][1] == "an integer, at least 1, at most 65536"
     assert found["no_equals"][1] == "path=value"
-    assert found["inference.attention"][1] == "a group of settings: backend"
+    assert found["inference.attention"][1] == "a group of settings: backend, options, profile"
     assert found["sampling.top_q"][2] == "did you mean inference.sampling.top_p?"
     assert found["inference.sampling.temperature"][0] == "option --temperature"
     assert found["shard.tp_size"][1] == "given once on the command line, and --tp gives it too"
@@ -164,7 +144,7 @@ def test_values_that_break_a_rule(path, texts):
     ],
 )
 def test_values_that_are_read_from_text(path, text, value):
-    loaded = load_config(sets=[f"{path}={text}"])
+    loaded = load(sets=[f"{path}={text}"])
     found = {"shard": loaded.shard, "inference": loaded.inference}
     for name in path.split("."):
         found = found[name] if isinstance(found, dict) else getattr(found, name)
@@ -174,7 +154,7 @@ def test_values_that_are_read_from_text(path, text, value):
 
 def test_the_text_of_violations_names_value_origin_rule_and_remedy():
     with pytest.raises(ConfigError) as caught:
-        load_config(sets=["cache.block_size=0", "dtype=int8"])
+        load(sets=["cache.block_size=0", "dtype=int8"])
     lines = str(caught.value).splitlines()
     assert lines[0] == "2 configuration values were refused"
     block = lines.index(f"  {BLOCK} = 0")
@@ -200,7 +180,57 @@ def test_short_paths_have_one_meaning():
 def test_what_a_call_gave_is_known():
     shard = ShardConfig(tp_size=2)
     inference = InferenceConfig(dtype="bf16", attention={"backend": "auto"}, cache=CacheConfig(block_size=16))
-    assert call_provenance(shard, inference) == dict.fromkeys(
-        ("shard.tp_size", "inference.dtype", "inference.attention.backend", BLOCK), Origin(Level.CALL)
+    given = {path: (value, origin) for path, value, origin in call_assignments(shard, inference)}
+    values = {"shard.tp_size": 2, "inference.dtype": "bf16", "inference.attention.backend": "auto", BLOCK: 16}
+    assert given == {path: (value, Origin(Level.CALL)) for path, value in values.items()}
+    assert not list(call_assignments(ShardConfig(), InferenceConfig()))
+
+
+def test_what_is_beaten_is_kept_in_order(tmp_path):
+    texts = [f"inference: {{cache: {{block_size: {size}}}}}" for size in (1, 2)]
+    files = tuple(write(tmp_path, f"{i}.yaml", text) for i, text in enumerate(texts))
+    called = InferenceConfig(cache={"block_size": 5})
+    loaded = load(files=files, environ={VARIABLE: "3"}, sets=("cache.block_size=4",), inference=called)
+    assert loaded.inference.cache.block_size == 5
+    assert loaded.origin(BLOCK) == Origin(Level.CALL)
+    assert [item.value for item in loaded.beaten(BLOCK)] == [4, 3, 2, 1, 16]
+    assert str(loaded.beaten(BLOCK)[3].origin) == f"file {files[0]}:1"
+    assert loaded.beaten("inference.seed") == ()
+
+
+def test_the_environment_is_read_unless_it_is_given(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "7")
+    assert load_config().inference.cache.block_size == 7
+    assert load().inference.cache.block_size == 16
+
+
+def test_files_may_name_their_schema_version(tmp_path):
+    good = write(tmp_path, "a.yaml", "schema_version: 1\nshard: {tp_size: 2}\n")
+    assert load(files=[good]).shard.tp_size == 2
+    new = write(tmp_path, "b.yaml", "# later\nschema_version: 99\nshard: {tp_size: 2}\n")
+    with pytest.raises(ConfigError, match="needs a newer version"):
+        load(files=[new])
+    found = refused(files=[new, write(tmp_path, "c.yaml", "shard: {tp_siz: 2}")])
+    assert found[f"{new}:2"][0] == f"file {new}:2"
+
+
+def test_options_of_plug_ins_are_merged_leaf_by_leaf(tmp_path):
+    name = write(
+        tmp_path, "a.yaml", "inference:\n  attention:\n    options:\n      toy: {tile: 4, deep: {er: [1, 2]}}\n"
     )
-    assert call_provenance(ShardConfig(), InferenceConfig()) == {}
+    variable = "INFERENCE_SHARDFORMER_INFERENCE__ATTENTION__OPTIONS__TOY__SPLIT"
+    called = InferenceConfig(attention={"options": {"toy": {"called": True}}})
+    loaded = load(files=[name], environ={variable: "3"}, sets=["attention.options.toy.tile=8"], inference=called)
+    options = loaded.inference.attention.options
+    assert options == {"toy": {"tile": 8, "deep": {"er": (1, 2)}, "split": 3, "called": True}}
+    assert hash(loaded.inference) == hash(loaded.inference.model_copy())
+    tile = "inference.attention.options.toy.tile"
+    assert str(loaded.origin(tile)) == "option --set attention.options.toy.tile=8"
+    assert [item.value for item in loaded.beaten(tile)] == [4]
+
+
+@pytest.mark.parametrize("text", ["attention.options=3", "attention.options.toy=3", "attention.options.toy.=3"])
+def test_an_option_needs_the_name_of_its_plug_in(text):
+    (violation,) = refused(sets=[text]).values()
+    assert violation[1] == "options under the names of their plug-ins"
+    assert "inference.attention.options.NAME.OPTION" in violation[2]

@@ -107,7 +107,9 @@ def test_describe_lists_every_field_with_its_state(store):
 def test_mutability_is_declared_on_the_fields():
     declared = {path: mutability_of(path) for path in all_fields()}
     assert {path for path, kind in declared.items() if kind == "live"} == {SEQS, TOKENS}
-    assert {path for path, kind in declared.items() if kind == "per_request"} == {LENGTH, TEMPERATURE, TOP_K, TOP_P}
+    penalties = {f"inference.sampling.{name}" for name in ("repetition_penalty", "no_repeat_ngram_size", "ignore_eos")}
+    per_request = {LENGTH, TEMPERATURE, TOP_K, TOP_P, *penalties}
+    assert {path for path, kind in declared.items() if kind == "per_request"} == per_request
     assert not any(is_live(path) for path in DECIDED), "the store changes what was asked, which must be what holds"
     with pytest.raises(ConfigError, match=r"cache\.block: no such field"):
         mutability_of("cache.block")

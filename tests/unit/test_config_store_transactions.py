@@ -66,7 +66,8 @@ def test_all_violations_are_reported_at_once_and_nothing_changes(store):
         "samplin.top_k": "the name of a known setting",
         "inference.cache.block_size": "set before the engine is built (init_only): "
         "the cache tensors are already allocated",
-        "inference.sampling": "a group of settings: max_new_tokens, temperature, top_k, top_p",
+        "inference.sampling": "a group of settings: ignore_eos, max_new_tokens, "
+        "no_repeat_ngram_size, repetition_penalty, temperature, top_k, top_p",
     }
     assert all(str(violation.origin).endswith("source console") for violation in caught.value.violations)
     assert "top_p = 1.5" in str(caught.value)

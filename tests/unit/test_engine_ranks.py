@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from inference_shardformer.config.inference import SamplingDefaults
 from inference_shardformer.engine.engine import InferenceEngine
 from inference_shardformer.engine.events import (
     AbortRequest,
     AddRequest,
     EventExchange,
+    UpdateConfig,
     decode_events,
     encode_events,
 )
@@ -20,8 +21,7 @@ from inference_shardformer.errors import EnvironmentMismatchError, StateError
 
 
 def _add(name: str, **settings: object) -> AddRequest:
-    sampling = SamplingParams(**settings).resolve(SamplingDefaults())
-    return AddRequest(name, 2, "té\ud800\n", (1, 2, 3), sampling)
+    return AddRequest(name, 2, "té\ud800\n", (1, 2, 3), SamplingParams(**settings))
 
 
 def _engine(tiny: SimpleNamespace, group: object, **settings: object) -> InferenceEngine:
@@ -29,7 +29,12 @@ def _engine(tiny: SimpleNamespace, group: object, **settings: object) -> Inferen
 
 
 def test_events_survive_the_wire() -> None:
-    events = [_add("a", stop=["x", "é"], stop_token_ids=[5], temperature=0.1, seed=2**63 - 1), AbortRequest("b")]
+    events = [
+        _add("a", stop=["x", "é"], stop_token_ids=[5], temperature=0.1, seed=2**63 - 1),
+        _add("n", top_k=np.int32(4), top_p=np.float32(0.5), ignore_eos=True, repetition_penalty=2),
+        AbortRequest("b"),
+        UpdateConfig('{"inference.scheduler.max_num_seqs":3}', "té"),
+    ]
     assert decode_events(encode_events(events)) == events
     assert encode_events(events) == encode_events(decode_events(encode_events(events)))
 

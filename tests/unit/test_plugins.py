@@ -55,6 +55,13 @@ class TestRegister:
         assert "lazy_gadget" not in sys.modules
         assert registry.get("lazy").__name__ == "Gadget"
 
+    def test_the_import_path_is_known_without_importing(self, registry):
+        registry.register("set", set)
+        registry.register("lazy", "no_such_gadget_module:Gadget")
+        assert (registry.import_path("set"), registry.import_path("lazy")) == (None, "no_such_gadget_module:Gadget")
+        with pytest.raises(PluginError, match=r"unknown gadget 'laz'; did you mean 'lazy'\?"):
+            registry.import_path("laz")
+
     def test_a_duplicate_names_both_origins(self, registry):
         registry.register("thing", "collections:OrderedDict")
         with pytest.raises(PluginError, match="by collections:OrderedDict and by builtins:set"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 
 import pytest
@@ -16,9 +17,22 @@ from inference_shardformer.errors import StateError
 from inference_shardformer.kv_cache.block_allocator import BlockAllocator
 
 
-def _scheduler(num_blocks: int = 8, *, block_size: int = 4, seqs: int = 4, tokens: int = 16) -> Scheduler:
-    config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens)
-    return Scheduler(config, BlockAllocator(num_blocks), block_size=block_size)
+class _Limited(Scheduler):
+    """A scheduler with limits that a test may change between two steps."""
+
+    limits = SchedulerConfig()
+
+    def limit(self, *, seqs: int, tokens: int) -> None:
+        self.limits = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens)
+
+    def schedule(self, limits: SchedulerConfig | None = None) -> SchedulerOutput:
+        return super().schedule(limits or self.limits)
+
+
+def _scheduler(num_blocks: int = 8, *, block_size: int = 4, seqs: int = 4, tokens: int = 16) -> _Limited:
+    scheduler = _Limited(BlockAllocator(num_blocks), block_size=block_size)
+    scheduler.limit(seqs=seqs, tokens=tokens)
+    return scheduler
 
 
 def _request(name: str, num_prompt_tokens: int, max_new_tokens: int = 4) -> Request:
@@ -55,7 +69,7 @@ def _workloads(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[int, int, in
     return {"num_blocks": num_blocks, **limits}, sorted(requests)
 
 
-def _steps(scheduler: Scheduler, requests: list[Request], arrivals: list[int]) -> Iterator[SchedulerOutput]:
+def _steps(scheduler: _Limited, requests: list[Request], arrivals: list[int]) -> Iterator[SchedulerOutput]:
     for step in range(5000):
         for request, arrival in zip(requests, arrivals, strict=True):
             if arrival == step:
@@ -152,6 +166,53 @@ def test_seats_are_limited() -> None:
     _apply(scheduler, output)
     _apply(scheduler, scheduler.schedule())
     assert _names(scheduler.schedule()) == [("c", 2)]
+
+
+def test_fewer_seats_let_those_who_run_finish_and_admit_nobody() -> None:
+    scheduler = _scheduler(64, seqs=4)
+    for name, max_new_tokens in zip("abcdef", (2, 3, 5, 5, 1, 1), strict=True):
+        scheduler.add(_request(name, 2, max_new_tokens))
+    _apply(scheduler, scheduler.schedule())
+    scheduler.limit(seqs=2, tokens=16)
+    seen = []
+    while scheduler.num_unfinished:
+        output = scheduler.schedule()
+        assert output.preempted == []
+        seen.append("".join(request.request_id for request, _ in output.scheduled))
+        _apply(scheduler, output)
+    assert seen == ["abcd", "bcd", "cd", "cd", "ef"]
+
+
+def test_more_seats_admit_at_once_and_a_smaller_budget_serves_the_oldest_first() -> None:
+    scheduler = _scheduler(64, seqs=1)
+    for name in "abc":
+        scheduler.add(_request(name, 6, 9))
+    _apply(scheduler, scheduler.schedule())
+    scheduler.limit(seqs=3, tokens=16)
+    output = scheduler.schedule()
+    assert _names(output) == [("a", 1), ("b", 6), ("c", 6)]
+    _apply(scheduler, output)
+    scheduler.limit(seqs=3, tokens=2)
+    assert _names(scheduler.schedule()) == [("a", 1), ("b", 1)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(_workloads(), st.randoms(use_true_random=False))
+def test_any_workload_finishes_under_limits_that_change(
+    workload: tuple[dict[str, int], list[tuple[int, int, int]]], rng: random.Random
+) -> None:
+    limits, wanted = workload
+    scheduler = _scheduler(**limits)
+    requests = [_request(str(i), num_prompt, num_new) for i, (_, num_prompt, num_new) in enumerate(wanted)]
+    num_ran = 0
+    for output in _steps(scheduler, requests, [arrival for arrival, _, _ in wanted]):
+        seats = scheduler.limits.max_num_seqs
+        assert output.num_tokens <= scheduler.limits.max_num_batched_tokens
+        assert len(scheduler.running) <= max(seats, num_ran)
+        num_ran = len(scheduler.running)
+        scheduler.limit(seqs=rng.randint(1, 6), tokens=rng.randint(1, 20))
+    assert all(request.is_finished for request in requests)
+    assert scheduler.allocator.num_free == limits["num_blocks"]
 
 
 def test_nothing_overtakes_a_waiting_request() -> None:

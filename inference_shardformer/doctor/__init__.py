@@ -1,0 +1,1 @@
+"""What the command `doctor` finds out: each rank examines itself, one compares."""

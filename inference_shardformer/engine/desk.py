@@ -1,0 +1,123 @@
+"""RequestDesk: takes requests in under free ids, runs steps, and hands outputs to whoever asked for them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from inference_shardformer.engine.backend_switch import BackendChange
+from inference_shardformer.engine.calls import Call, Outbox, rejected, summary
+from inference_shardformer.engine.core import EngineCore
+from inference_shardformer.engine.distribution import derived_seed
+from inference_shardformer.engine.events import AbortRequest, AddRequest
+from inference_shardformer.engine.intake import Intake, Prompt, ValidPrompt
+from inference_shardformer.engine.outputs import RequestOutput, StepStats
+from inference_shardformer.engine.sampling_params import SamplingParams
+from inference_shardformer.errors import RequestError
+
+
+class RequestDesk:
+    """Stands between the calls of the users and the core. Its owner holds the engine's lock during every call."""
+
+    def __init__(self, core: EngineCore, intake: Intake, *, is_alone: bool) -> None:
+        self._core = core
+        self._intake = intake
+        self._exchange = core.exchange
+        self._outbox = Outbox()
+        self._is_alone = is_alone
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that wait or run."""
+        return self._core.scheduler.num_unfinished + self._exchange.num_pending_adds
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step has anything to do or to hand out."""
+        return bool(self.num_unfinished or self._exchange.has_pending or self._outbox.has_outputs)
+
+    def validate(
+        self, wanted: list[tuple[Prompt, SamplingParams]], call: Call, *, must_all_be_valid: bool
+    ) -> list[tuple[int, ValidPrompt]]:
+        """The valid requests with their index; the others become outputs of the call, or one error."""
+        valid: list[tuple[int, ValidPrompt]] = []
+        errors: dict[int, RequestError] = {}
+        for index, (prompt, params) in enumerate(wanted):
+            try:
+                valid.append((index, self._intake.validate(prompt, params)))
+            except RequestError as error:
+                errors[index] = error
+                call.close(rejected(index, prompt, error, config_epoch=self._core.config_epoch))
+        if errors and must_all_be_valid:
+            raise summary(errors, len(wanted))
+        return valid
+
+    def submit(self, valid: list[tuple[int, ValidPrompt]], call: Call) -> None:
+        """Queue the requests of a call, which gets their outputs."""
+        for index, prompt in valid:
+            self._outbox.expect(self._post(prompt, index=index), call)
+
+    def add(self, prompt: Prompt, params: SamplingParams, request_id: str | None) -> str:
+        """Validate and queue one request; `take()` hands out its output. Returns its id."""
+        if request_id is not None and (not isinstance(request_id, str) or self._is_known(request_id)):
+            raise RequestError(
+                f"request_id={request_id!r} is not text, or is in use",
+                remedy="choose another, reuse it once the request has finished, or leave it out",
+            )
+        return self._post(self._intake.validate(prompt, params), index=0, request_id=request_id)
+
+    def switch_backend(self, name: str) -> BackendChange:
+        """Ask for another attention backend."""
+        return self._core.switches.request(name)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request early; False if it is unknown or has finished."""
+        if not self._is_known(request_id):
+            return False
+        self._exchange.post(AbortRequest(request_id))
+        if self._is_alone:
+            self.receive()
+        return True
+
+    def receive(self) -> None:
+        """Apply what was posted, without a step. With one rank only: with several, all must do so at once."""
+        self._core.receive()
+        self._outbox.deliver(self._core.take_finished())
+
+    def step(self) -> StepStats:
+        """Run one step and hand on what it brought."""
+        result = self._core.step()
+        self._outbox.note(result.advanced)
+        self._outbox.deliver(self._core.take_finished())
+        return result.stats
+
+    def take(self) -> list[RequestOutput]:
+        """The outputs that no call asked for, once."""
+        return self._outbox.take()
+
+    def leave(self, call: Call, *, is_agreed: bool) -> None:
+        """Give up what a call left; `is_agreed` if every rank is doing the same right now."""
+        left = set(call.request_ids)
+        if self._is_alone or is_agreed:
+            self._core.drop(left)
+            self._outbox.forget(left)
+            return
+        for request_id in sorted(left):
+            self._exchange.post(AbortRequest(request_id))
+
+    def _post(self, valid: ValidPrompt, *, index: int, request_id: str | None = None) -> str:
+        number = self._core.num_added + self._exchange.num_pending_adds
+        request_id = self._new_id(number) if request_id is None else request_id
+        params = valid.params
+        if params.seed is None:
+            params = replace(params, seed=derived_seed(self._intake.seed, number))
+        self._exchange.post(AddRequest(request_id, index, valid.prompt, valid.token_ids, params))
+        return request_id
+
+    def _new_id(self, number: int) -> str:
+        """A free id that depends only on what was submitted before, so that it is the same on every rank."""
+        while self._is_known(f"request-{number}"):
+            number += 1
+        return f"request-{number}"
+
+    def _is_known(self, request_id: str) -> bool:
+        return request_id in self._core.live or self._exchange.adds(request_id)

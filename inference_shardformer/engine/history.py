@@ -1,0 +1,42 @@
+"""What the tokens so far do to the logits of the next one: repetition penalty and forbidden n-grams."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from inference_shardformer.engine.request import Request
+
+
+def look_back(logits: torch.Tensor, requests: Sequence[Request]) -> None:
+    """Change `logits` `[num_rows, vocab_size]` in place, each row by the prompt and the output of its request.
+
+    As in Hugging Face: the penalty first, then the n-grams. A row depends on its own request alone.
+    """
+    for row, request in zip(logits, requests, strict=True):
+        sampling = request.sampling
+        if sampling.repetition_penalty != 1.0:
+            _penalise(row, request.token_ids, sampling.repetition_penalty)
+        if sampling.no_repeat_ngram_size:
+            banned = completing_tokens(request.token_ids, sampling.no_repeat_ngram_size)
+            row[torch.from_numpy(banned).to(row.device)] = -torch.inf
+
+
+def completing_tokens(token_ids: Sequence[int], size: int) -> np.ndarray:
+    """The tokens that would complete an n-gram of `size` tokens which `token_ids` already hold; int64."""
+    tokens = np.asarray(token_ids, dtype=np.int64)
+    num_ngrams = len(tokens) - size + 1
+    if num_ngrams <= 0:
+        return np.empty(0, dtype=np.int64)
+    is_met = np.ones(num_ngrams, dtype=bool)
+    for offset in range(size - 1):  # token by token of the unfinished n-gram at the end
+        is_met &= tokens[offset : offset + num_ngrams] == tokens[num_ngrams + offset]
+    return np.unique(tokens[size - 1 :][is_met])
+
+
+def _penalise(row: torch.Tensor, token_ids: Sequence[int], penalty: float) -> None:
+    seen = torch.tensor(token_ids, dtype=torch.int64, device=row.device).unique()
+    scores = row[seen]
+    row[seen] = torch.where(scores < 0, scores * penalty, scores / penalty)

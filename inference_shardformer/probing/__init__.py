@@ -1,0 +1,1 @@
+"""What this machine is and which foreign libraries work on it, as plain values."""

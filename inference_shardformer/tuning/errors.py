@@ -1,0 +1,17 @@
+"""Errors of tuning; part of the tree in `inference_shardformer.errors`."""
+
+from __future__ import annotations
+
+from inference_shardformer.errors import ConfigError, EnvironmentMismatchError
+
+
+class TuningProfileError(ConfigError):
+    """A tuning profile is missing, unreadable, edited, stale, or made for other shapes."""
+
+    code = "tuning_profile"
+
+
+class MissingExtraError(EnvironmentMismatchError):
+    """An optional part of this package was asked for and is not installed."""
+
+    code = "missing_extra"

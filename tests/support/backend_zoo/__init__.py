@@ -1,0 +1,1 @@
+"""The zoo: broken backends for the conformance kit to catch."""
