@@ -16,7 +16,7 @@ _EXPORTS = {
     "RequestOutput": "inference_shardformer.engine.outputs",
     "SamplingParams": "inference_shardformer.engine.sampling_params",
     "ShardConfig": "inference_shardformer.config.shard",
-    "explain": "inference_shardformer.offline",
+    "explain": "inference_shardformer.explaining.offline",
 }
 __all__ = [
     "ConfigSources",
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from inference_shardformer.engine.outputs import RequestOutput
     from inference_shardformer.engine.sampling_params import SamplingParams
     from inference_shardformer.errors import InferenceShardformerError
-    from inference_shardformer.offline import explain
+    from inference_shardformer.explaining.offline import explain
     from inference_shardformer.shardformer import InferenceShardformer
 
 

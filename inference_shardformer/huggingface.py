@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from inference_shardformer.errors import CheckpointError, UnsupportedModelError
-from inference_shardformer.examination import ModelSource
+from inference_shardformer.resolving.examination import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

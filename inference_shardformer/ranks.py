@@ -11,7 +11,7 @@ from inference_shardformer.config.shard import ShardConfig
 from inference_shardformer.distributed.environment import RankEnvironment, ensure_process_group, process_group_for
 from inference_shardformer.distributed.guard import RankGuard
 from inference_shardformer.distributed.tensor_parallel import TensorParallelGroup
-from inference_shardformer.resolution import resolve_device
+from inference_shardformer.resolving.resolution import resolve_device
 
 if TYPE_CHECKING:
     import torch.distributed as dist

@@ -11,7 +11,7 @@ from inference_shardformer.config.model import ModelFacts
 from inference_shardformer.huggingface import build_on_meta, skip_attention_masks
 from inference_shardformer.policies.base import BuildContext, Policy
 from inference_shardformer.policies.builder import PolicyModuleBuilder
-from inference_shardformer.preparation import Prepared
+from inference_shardformer.resolving.preparation import Prepared
 from inference_shardformer.sharding.checkpoint import SafetensorsCheckpoint, StateDictSource
 from inference_shardformer.sharding.plan import PlanContext, RankLayout, ShardingPlan, TensorInfo
 from inference_shardformer.sharding.planner import make_plan

@@ -20,14 +20,14 @@ from inference_shardformer.config.sources import ConfigSources
 from inference_shardformer.config.violations import ConfigViolations
 from inference_shardformer.engine.engine import InferenceEngine
 from inference_shardformer.errors import ConfigError, EnvironmentMismatchError, StateError
-from inference_shardformer.examination import ModelSource, refuse
-from inference_shardformer.explanation import Explanation, explain_engine
+from inference_shardformer.explaining.explanation import Explanation, explain_engine
 from inference_shardformer.huggingface import eos_token_ids, locate_checkpoint, read_model
 from inference_shardformer.kv_cache.cache import PagedKVCache
 from inference_shardformer.kv_cache.sizing import free_memory, size_cache
 from inference_shardformer.kv_cache.spec import KVCacheSpec
-from inference_shardformer.preparation import Prepared, agreed_facts, prepare
 from inference_shardformer.ranks import Ranks
+from inference_shardformer.resolving.examination import ModelSource, refuse
+from inference_shardformer.resolving.preparation import Prepared, agreed_facts, prepare
 from inference_shardformer.sharded import Sharded, shard_checkpoint, shard_model
 
 if TYPE_CHECKING:

@@ -1,10 +1,11 @@
 """What does choosing the attention backend inside `forward` cost, against a backend bound at construction?
 
-The same model, kernels and requests decode under both designs, which take turns step by step in one run. The one in
-`forward` does, for every layer of every step, what ColossalAI's engine did before its backends moved to construction:
-an import attempt of flash-attn, a look-up by flags, and the construction of the backend object. Printed for each shape:
-the median step time of both, and the median cost of choosing in `forward` with a 95% confidence interval (bootstrap
-over pairs of steps).
+The same model, kernels and requests decode under three designs, which take turns step by step in one run. The ones in
+`forward` do, for every layer of every step, what ColossalAI's engine did before its backends moved to construction: an
+import attempt of flash-attn, a look-up by flags, and the construction of the backend object; once where flash-attn is
+absent (Python searches for it anew each time) and once where it is installed (a stand-in is). Printed for each shape:
+the median step times, and the median cost of choosing in `forward` with a 95% confidence interval (bootstrap over pairs
+of steps).
 
     python scripts/benchmark_selection.py --threads 2 --steps 200
 """
@@ -14,9 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -27,6 +30,10 @@ from inference_shardformer.attention.base import AttentionBackend, AttentionMeta
 from inference_shardformer.kv_cache.cache import LayerKVCache
 from inference_shardformer.modeling.nopadding_llama import NoPaddingLlamaAttention
 
+BOUND = "bound at construction"
+ABSENT = "chosen in forward, flash-attn absent"
+INSTALLED = "chosen in forward, flash-attn installed"
+DESIGNS = (BOUND, ABSENT, INSTALLED)
 SHAPES = {
     "tiny (4 layers, hidden 128)": (4, 128, 384, 4, 2, 2048),
     "15M (6 layers, hidden 288)": (6, 288, 768, 6, 6, 32000),
@@ -118,26 +125,39 @@ def make_engine(shape: tuple[int, ...], threads: int, batch: int) -> tuple[Infer
     return shardformer, engine
 
 
+def make_available(*, is_installed: bool) -> None:
+    """Let `import flash_attn` find a stand-in, or nothing."""
+    if is_installed:
+        module = ModuleType("flash_attn")
+        module.flash_attn_varlen_func = None  # type: ignore[attr-defined]
+        sys.modules["flash_attn"] = module
+    else:
+        sys.modules.pop("flash_attn", None)
+
+
 def time_steps(
     shardformer: InferenceShardformer, engine: InferenceEngine, *, batch: int, steps: int
-) -> tuple[list[float], list[float]]:
-    """Seconds of each decode step: bound at construction, chosen in forward; the two take turns, order swapped."""
+) -> dict[str, list[float]]:
+    """Seconds of each decode step of every design; they take turns, in an order that moves on with every round."""
     modules = attention_modules(shardformer.sharded.model)
     bound = modules[0].backend
     selecting = SelectingBackend(bound)
     for index in range(batch):
-        engine.add_request([1 + index, 2, 3], SamplingParams(max_new_tokens=2 * steps + 40, ignore_eos=True))
+        engine.add_request([1 + index, 2, 3], SamplingParams(max_new_tokens=len(DESIGNS) * steps + 40, ignore_eos=True))
     for _ in range(20):
         engine.step()
-    seconds: dict[bool, list[float]] = {False: [], True: []}
+    seconds: dict[str, list[float]] = {design: [] for design in DESIGNS}
     for number in range(steps):
-        for in_forward in (False, True) if number % 2 else (True, False):
+        shift = number % len(DESIGNS)
+        for design in (*DESIGNS[shift:], *DESIGNS[:shift]):
+            make_available(is_installed=design == INSTALLED)
             for module in modules:
-                module.backend = selecting if in_forward else bound
+                module.backend = bound if design == BOUND else selecting
             start = time.perf_counter()
             engine.step()
-            seconds[in_forward].append(time.perf_counter() - start)
-    return seconds[False], seconds[True]
+            seconds[design].append(time.perf_counter() - start)
+    make_available(is_installed=False)
+    return seconds
 
 
 def confidence_interval(bound: list[float], selecting: list[float]) -> tuple[float, float, float]:
@@ -160,16 +180,14 @@ def main() -> None:
         for batch in args.batch or [1, 8]:
             shardformer, engine = make_engine(shape, args.threads, batch)
             with shardformer:
-                bound, selecting = time_steps(shardformer, engine, batch=batch, steps=args.steps)
-            cost, low, high = confidence_interval(bound, selecting)
-            a, b = statistics.median(bound) * 1e3, statistics.median(selecting) * 1e3
-            print(
-                f"{name:30} batch {batch}: {a:7.3f} ms bound, {b:7.3f} ms chosen in forward: "
-                f"{cost:+.1%} a step, 95% interval {low:+.1%} to {high:+.1%}",
-                flush=True,
-            )
-            result = {"shape": name, "batch": batch, "bound_ms": a, "in_forward_ms": b, "cost": [cost, low, high]}
-            print(json.dumps(result), flush=True)
+                seconds = time_steps(shardformer, engine, batch=batch, steps=args.steps)
+            bound = statistics.median(seconds[BOUND]) * 1e3
+            print(f"{name:30} batch {batch}: {bound:7.3f} ms a step, bound at construction", flush=True)
+            for design in (ABSENT, INSTALLED):
+                cost, low, high = confidence_interval(seconds[BOUND], seconds[design])
+                print(f"{'':30} {design}: {cost:+.1%} a step, 95% interval {low:+.1%} to {high:+.1%}", flush=True)
+                result = {"shape": name, "batch": batch, "design": design, "bound_ms": bound, "cost": [cost, low, high]}
+                print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

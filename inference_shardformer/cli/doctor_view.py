@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
-from inference_shardformer.explanation_text import aligned
+from inference_shardformer.explaining.text import aligned
 
 if TYPE_CHECKING:
     from inference_shardformer.doctor.findings import Findings

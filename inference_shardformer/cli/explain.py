@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from inference_shardformer.cli.parser import Commands
-    from inference_shardformer.explanation import Explanation
+    from inference_shardformer.explaining.explanation import Explanation
 
 _WIDTH_OF_FILES = 120
 
@@ -55,7 +55,7 @@ def _show(explanation: Explanation) -> None:
     """Tables as wide as the terminal."""
     from rich.console import Console
 
-    from inference_shardformer.explanation_text import COLUMNS, REQUESTS
+    from inference_shardformer.explaining.text import COLUMNS, REQUESTS
 
     console = Console(width=shutil.get_terminal_size().columns, highlight=False)
     for line in explanation.headline():

@@ -18,10 +18,10 @@ from inference_shardformer.config.sources import Layers
 from inference_shardformer.doctor.report import AttentionReport, BackendReport, ProofReport, ReasonReport
 from inference_shardformer.errors import InferenceShardformerError
 from inference_shardformer.huggingface import read_model
-from inference_shardformer.options import chosen_options
 from inference_shardformer.policies.registry import policy_for
-from inference_shardformer.presets import with_preset
-from inference_shardformer.resolution import resolve_dtype
+from inference_shardformer.resolving.options import chosen_options
+from inference_shardformer.resolving.presets import with_preset
+from inference_shardformer.resolving.resolution import resolve_dtype
 from inference_shardformer.sharding.plan import RankLayout
 from inference_shardformer.tuning.selecting import select_backend
 

@@ -17,7 +17,7 @@ from inference_shardformer.doctor.attention import examine_attention, wanted_by_
 from inference_shardformer.doctor.report import CpuUse, RankReport
 from inference_shardformer.errors import EnvironmentMismatchError
 from inference_shardformer.probing.collect import collect_facts
-from inference_shardformer.resolution import resolve_device, resolve_threads
+from inference_shardformer.resolving.resolution import resolve_device, resolve_threads
 from inference_shardformer.sharding.plan import RankLayout
 
 

@@ -16,9 +16,9 @@ from inference_shardformer.config.sources import Layers
 from inference_shardformer.config.violations import raise_all
 from inference_shardformer.doctor.attention import Wanted, wanted_by_model, wanted_usually
 from inference_shardformer.errors import BackendUnavailableError
-from inference_shardformer.options import check_options, chosen_options
 from inference_shardformer.ranks import Ranks
-from inference_shardformer.resolution import resolve_threads
+from inference_shardformer.resolving.options import check_options, chosen_options
+from inference_shardformer.resolving.resolution import resolve_threads
 from inference_shardformer.sharding.plan import RankLayout
 from inference_shardformer.tuning.buckets import Bucket, served
 from inference_shardformer.tuning.comparison import Comparison

@@ -39,7 +39,7 @@ ALLOWED = {
         "huggingface",
         "doctor",
         "probing",
-        "explanation_text",
+        "explaining",
         "tuning",
     },
 }

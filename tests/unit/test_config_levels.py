@@ -18,8 +18,8 @@ from inference_shardformer.config.shard import ShardConfig
 from inference_shardformer.config.sources import ConfigSources, Flag
 from inference_shardformer.engine.sampling_params import SamplingParams
 from inference_shardformer.policies.llama import LlamaPolicy
-from inference_shardformer.presets import with_preset
-from inference_shardformer.resolution import Choices, Decided, HostFacts, resolve
+from inference_shardformer.resolving.presets import with_preset
+from inference_shardformer.resolving.resolution import Choices, Decided, HostFacts, resolve
 
 # Every kind of field, with its default and values that no "auto" decides anew. Values are unlike each other.
 FIELDS: dict[str, tuple[object, list[object]]] = {

@@ -21,7 +21,7 @@ from inference_shardformer.cli.main import main
 from inference_shardformer.config.fields import all_fields
 from inference_shardformer.config.violations import ConfigViolations
 from inference_shardformer.errors import CheckpointError, TensorParallelSizeError
-from inference_shardformer.explanation_text import aligned
+from inference_shardformer.explaining.text import aligned
 
 NOTHING = ConfigSources(environ={})
 

@@ -17,7 +17,7 @@ from inference_shardformer.config.resolved import Beaten, ResolvedConfig, with_d
 from inference_shardformer.config.snapshot import ConfigSnapshot
 from inference_shardformer.config.sources import ConfigSources
 from inference_shardformer.policies.llama import LlamaPolicy
-from inference_shardformer.resolution import Choices, Decided, HostFacts, resolve, resolve_dtype
+from inference_shardformer.resolving.resolution import Choices, Decided, HostFacts, resolve, resolve_dtype
 
 HOST = HostFacts(tp_size=2, ranks_on_host=2, device="cpu", device_reason="no CUDA device is present")
 NUM_BLOCKS = "inference.cache.num_blocks"

@@ -14,8 +14,8 @@ from inference_shardformer.config.model import ModelFacts
 from inference_shardformer.config.mutability import mutability_of
 from inference_shardformer.config.resolved import Decision, ResolvedConfig
 from inference_shardformer.config.violations import show
-from inference_shardformer.explanation_text import COLUMNS, INDENT, REQUESTS, aligned
-from inference_shardformer.preparation import Prepared
+from inference_shardformer.explaining.text import COLUMNS, INDENT, REQUESTS, aligned
+from inference_shardformer.resolving.preparation import Prepared
 from inference_shardformer.sharded import Sharded
 
 

@@ -14,11 +14,11 @@ from inference_shardformer.config.shard import ShardConfig
 from inference_shardformer.config.sources import ConfigSources
 from inference_shardformer.config.violations import Violation, raise_all, show
 from inference_shardformer.errors import BackendUnavailableError, EnvironmentMismatchError
-from inference_shardformer.examination import Examined, examine
-from inference_shardformer.explanation import Explanation
+from inference_shardformer.explaining.explanation import Explanation
 from inference_shardformer.huggingface import build_on_meta, locate_checkpoint, read_model
-from inference_shardformer.options import check_options
-from inference_shardformer.resolution import (
+from inference_shardformer.resolving.examination import Examined, examine
+from inference_shardformer.resolving.options import check_options
+from inference_shardformer.resolving.resolution import (
     AT_ATTACH,
     HostFacts,
     decisions_on,

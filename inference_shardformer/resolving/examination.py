@@ -20,12 +20,12 @@ from inference_shardformer.config.resolved import TORCH_DTYPES, ResolvedConfig
 from inference_shardformer.config.sources import Layers
 from inference_shardformer.config.violations import Violation, raise_all, show
 from inference_shardformer.errors import BackendUnavailableError, InferenceShardformerError, PluginError, PolicyError
-from inference_shardformer.options import ChosenOptions, check_options, chosen_options, idle_options
 from inference_shardformer.policies.base import Policy
 from inference_shardformer.policies.facts import token_ids
 from inference_shardformer.policies.registry import policy_for
-from inference_shardformer.presets import with_preset
-from inference_shardformer.resolution import (
+from inference_shardformer.resolving.options import ChosenOptions, check_options, chosen_options, idle_options
+from inference_shardformer.resolving.presets import with_preset
+from inference_shardformer.resolving.resolution import (
     Choices,
     Decided,
     HostFacts,

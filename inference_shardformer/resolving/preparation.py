@@ -14,9 +14,9 @@ from inference_shardformer.config.effects import ConfigEvent
 from inference_shardformer.config.model import ModelFacts
 from inference_shardformer.config.resolved import ResolvedConfig
 from inference_shardformer.config.sources import Layers
-from inference_shardformer.examination import ModelSource, examine
 from inference_shardformer.policies.base import Policy
-from inference_shardformer.resolution import HostFacts
+from inference_shardformer.resolving.examination import ModelSource, examine
+from inference_shardformer.resolving.resolution import HostFacts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

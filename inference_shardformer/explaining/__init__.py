@@ -1,0 +1,1 @@
+"""What was decided and why, for people and for programs, with and without ranks."""

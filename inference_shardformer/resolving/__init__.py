@@ -1,0 +1,1 @@
+"""From layers of settings and the facts of a model to one resolved configuration and a proven backend."""
