@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import socket
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from ranks import free_port, run_ranks
 
 from inference_shardformer.distributed.environment import RankEnvironment, ensure_process_group, process_group_for
 from inference_shardformer.distributed.tensor_parallel import TensorParallelGroup, joining
 from inference_shardformer.distributed.wire import Line, answer, call
 from inference_shardformer.errors import EnvironmentMismatchError, StateError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-
-from ranks import free_port, run_ranks
 
 CPU = torch.device("cpu")
 LAUNCHED = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}

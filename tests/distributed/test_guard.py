@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import signal
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import RankResult, run_ranks
 
 from inference_shardformer.distributed.guard import RankGuard
 from inference_shardformer.distributed.stall import Progress, StallWatch
 from inference_shardformer.distributed.tensor_parallel import TensorParallelGroup
 from inference_shardformer.errors import PolicyError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-
-from ranks import RankResult, run_ranks
 
 DIED = "its process ended without a word"
 STALLED = "stalled: other ranks have waited 1.5 s for it"

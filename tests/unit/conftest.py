@@ -1,17 +1,18 @@
-"""A tiny engine: a model whose next token is a function of everything it reads back through the paged cache."""
+"""Fixtures: a tiny engine, whose next token is a function of what it reads back from the cache, and a store."""
 
 from __future__ import annotations
 
 import random
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
 import torch
+from config_stores import resolved
 
 from inference_shardformer.attention.base import AttentionBackend, AttentionMetadata, AttentionSpec, RaggedBatch
 from inference_shardformer.config.inference import (
@@ -24,6 +25,7 @@ from inference_shardformer.config.inference import (
 from inference_shardformer.config.model import ModelFacts
 from inference_shardformer.config.resolved import ResolvedConfig
 from inference_shardformer.config.shard import ShardConfig
+from inference_shardformer.config.store import ConfigStore
 from inference_shardformer.distributed.guard import RankGuard
 from inference_shardformer.distributed.tensor_parallel import TensorParallelGroup
 from inference_shardformer.engine.engine import InferenceEngine
@@ -298,3 +300,11 @@ def tiny() -> SimpleNamespace:
         EOS=EOS,
         VOCAB_SIZE=VOCAB_SIZE,
     )
+
+
+@pytest.fixture
+def store() -> Iterator[ConfigStore]:
+    """A store of a resolved configuration, closed in the end."""
+    store = ConfigStore(resolved())
+    yield store
+    store.close()

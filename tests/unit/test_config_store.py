@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import sys
 import threading
 import weakref
 from operator import attrgetter
-from pathlib import Path
 
 import pytest
+from config_stores import DECIDED, LENGTH, SEQS, TEMPERATURE, TOKENS, TOP_K, TOP_P, Boom, in_thread, resolved
 from pydantic import Field
 
 from inference_shardformer.config import mutability
@@ -21,16 +20,6 @@ from inference_shardformer.config.snapshot import UnknownSettingError
 from inference_shardformer.config.store import ConfigStore
 from inference_shardformer.config.violations import ConfigViolations
 from inference_shardformer.errors import ConfigError, StateError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from config_stores import DECIDED, LENGTH, SEQS, TEMPERATURE, TOKENS, TOP_K, TOP_P, Boom, in_thread, resolved
-
-
-@pytest.fixture
-def store():
-    store = ConfigStore(resolved())
-    yield store
-    store.close()
 
 
 def test_three_spellings_give_one_value_for_every_field(store):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from config_stores import LENGTH, SEQS, TEMPERATURE, TOKENS, TOP_K, TOP_P, Boom, resolved
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -16,9 +15,6 @@ from inference_shardformer.config.store import ConfigStore
 from inference_shardformer.config.subscriptions import ConfigVeto
 from inference_shardformer.config.violations import ConfigViolations
 from inference_shardformer.errors import ConfigError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from config_stores import LENGTH, SEQS, TEMPERATURE, TOKENS, TOP_K, TOP_P, Boom, resolved
 
 LEGAL = {
     SEQS: lambda value: type(value) is int and 1 <= value <= 65536,

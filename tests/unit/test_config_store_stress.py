@@ -6,16 +6,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from config_stores import SEQS, TOKENS, resolved
 
 from inference_shardformer.config.inference import InferenceConfig
 from inference_shardformer.config.store import ConfigStore
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from config_stores import SEQS, TOKENS, resolved
 
 NUM_READERS = 16
 NUM_WRITERS = 2

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
+from config_stores import SEQS, TOKENS, TOP_K, Boom, in_thread
 
-from inference_shardformer.config.store import MAX_QUEUED, ConfigStore, QueuedUpdateError
+from inference_shardformer.config.store import MAX_QUEUED, QueuedUpdateError
 from inference_shardformer.config.subscriptions import ConfigVeto
 from inference_shardformer.config.violations import ConfigViolations
 from inference_shardformer.errors import ConfigError, StateError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from config_stores import SEQS, TOKENS, TOP_K, Boom, in_thread, resolved
-
-
-@pytest.fixture
-def store():
-    store = ConfigStore(resolved())
-    yield store
-    store.close()
 
 
 def test_subscribers_are_called_in_order_once_with_their_changes(store):

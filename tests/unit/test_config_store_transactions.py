@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Annotated
 
 import pytest
+from config_stores import LENGTH, SEQS, TEMPERATURE, TOKENS, TOP_K, TOP_P, resolved
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, model_validator
@@ -17,16 +16,6 @@ from inference_shardformer.config.inference import InferenceConfig, SchedulerCon
 from inference_shardformer.config.store import ConfigStore
 from inference_shardformer.config.violations import ConfigViolations
 from inference_shardformer.errors import ConfigError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from config_stores import LENGTH, SEQS, TEMPERATURE, TOKENS, TOP_K, TOP_P, resolved
-
-
-@pytest.fixture
-def store():
-    store = ConfigStore(resolved())
-    yield store
-    store.close()
 
 
 def test_an_update_changes_several_fields_as_one_epoch(store):

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
+from config_stores import SEQS, TOKENS, in_thread, resolved
 
 from inference_shardformer.config.store import ConfigStore
 from inference_shardformer.errors import StateError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from config_stores import SEQS, TOKENS, in_thread, resolved
-
-
-@pytest.fixture
-def store():
-    store = ConfigStore(resolved())
-    yield store
-    store.close()
 
 
 def test_a_prepared_update_takes_effect_on_commit_alone(store):
