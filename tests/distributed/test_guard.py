@@ -52,7 +52,8 @@ def test_a_fault_in_a_step_is_the_same_failure_on_every_rank(faults: list[RankRe
     else:
         assert failed_as(own, int(culprit), FAULTS[fault]), own
         assert own["text"] == others["text"]
-        assert own["origin"] == ("ValueError" if kind == "raise" else "StateError")
+        # a rank that comes back late finds its group closed, or a collective of it broken off
+        assert own["origin"] in (("ValueError",) if kind == "raise" else ("StateError", "RuntimeError"))
     assert others["origin"] == "NoneType"
 
 
