@@ -29,7 +29,7 @@ class RankResult:
         return self.lines[-1]
 
 
-def run_ranks(program: str, *arguments: str, nproc: int, timeout_s: float = 60.0) -> list[RankResult]:
+def run_ranks(program: str, *arguments: str, nproc: int, timeout_s: float = 150.0) -> list[RankResult]:
     """Run `tests/support/<program>` on `nproc` ranks with torchrun's variables; fails when a rank hangs."""
     port = free_port()
     ranks = [_start(program, arguments, rank, nproc, port) for rank in range(nproc)]
