@@ -10,7 +10,7 @@ import torch
 
 from inference_shardformer.errors import CheckpointError
 from inference_shardformer.sharding.plan import SourceSlice, TensorInfo
-from inference_shardformer.sharding.safetensors_file import SafetensorsFile
+from inference_shardformer.sharding.safetensors_file import SafetensorsFile, Scratch
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -25,9 +25,10 @@ class SafetensorsCheckpoint:
         self.folder = folder
         self._files: dict[str, SafetensorsFile] = {}
         self._owner: dict[str, str] = {}
+        scratch = Scratch()
         try:
             for name in _file_names(folder):
-                self._files[name] = SafetensorsFile(folder / name)
+                self._files[name] = SafetensorsFile(folder / name, scratch)
                 self._owner.update(dict.fromkeys(self._files[name].tensors, name))
         except CheckpointError:
             self.close()
@@ -44,7 +45,10 @@ class SafetensorsCheckpoint:
         return sum(file.bytes_read for file in self._files.values())
 
     def chunks(self, part: SourceSlice) -> Iterator[tuple[int, torch.Tensor]]:
-        """The slice in bounded pieces along the first axis, each with its first row relative to the slice."""
+        """The slice in bounded pieces along the first axis, each with its first row relative to the slice.
+
+        A piece is valid until the next one is asked for.
+        """
         file = self._files[self._owner[part.tensor]]
         info = file.tensors[part.tensor]
         first, last = (part.start, part.stop) if part.dim == 0 else (0, info.shape[0])

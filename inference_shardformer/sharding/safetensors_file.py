@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,14 +30,30 @@ class _Entry(NamedTuple):
     end: int
 
 
+class Scratch:
+    """Memory that every read reuses: allocating anew for each piece would leave holes between the parameters."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor in that memory; it ends what was taken before."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if self._bytes.numel() < num_bytes:
+            self._bytes = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._bytes[:num_bytes].view(dtype).view(shape)
+
+
 class SafetensorsFile:
     """One open safetensors file (format: 8-byte little-endian header length, JSON header, raw tensors).
 
-    The header is checked against the file's size, so that a truncated file is refused before anything is read.
+    The header is checked against the file's size, so that a truncated file is refused before anything is read. What a
+    read returns lies in `scratch` and is valid until the next read from it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, scratch: Scratch | None = None) -> None:
         self.path = path
+        self._scratch = scratch or Scratch()
         self.bytes_read = 0
         try:
             self._fd = os.open(path, os.O_RDONLY)
@@ -56,7 +73,7 @@ class SafetensorsFile:
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `[start, stop)` of the first axis, in the file's own type."""
         entry = self._entries[name]
-        out = torch.empty((stop - start, *entry.info.shape[1:]), dtype=TORCH_DTYPES[entry.info.dtype])
+        out = self._scratch.take((stop - start, *entry.info.shape[1:]), TORCH_DTYPES[entry.info.dtype])
         row = out.nbytes // max(1, stop - start)
         self._read_into(_bytes_of(out), entry.begin + start * row, name)
         return out
@@ -66,7 +83,7 @@ class SafetensorsFile:
         entry = self._entries[name]
         dtype = TORCH_DTYPES[entry.info.dtype]
         width = entry.info.shape[1] * dtype.itemsize
-        out = torch.empty((rows[1] - rows[0], stop - start), dtype=dtype)
+        out = self._scratch.take((rows[1] - rows[0], stop - start), dtype)
         view, part = _bytes_of(out), (stop - start) * dtype.itemsize
         for index, row in enumerate(range(*rows)):
             self._read_into(
