@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from inference_shardformer.errors import PolicyError
 from inference_shardformer.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from inference_shardformer.layers.linear import ColumnParallelLinear, RowParallelLinear
 from inference_shardformer.policies.base import BuildContext, ReplaceEntry, ReplacementFactory, StyleEntry
@@ -48,7 +49,12 @@ def replace(pattern: str, *, native_class: str, build: ReplacementFactory) -> Re
 
 
 def _keep(module: ModulePlan, native: nn.Module | None, context: BuildContext) -> nn.Module:
-    return native if native is not None else nn.Identity()
+    if native is None:
+        raise PolicyError(
+            f"the row {module.row!r} keeps {module.path}, but no module stands there",
+            remedy="replicate(...) keeps native modules; build a new one with column(...) or row(...)",
+        )
+    return native
 
 
 def _shape(module: ModulePlan) -> tuple[int, int, bool]:

@@ -12,8 +12,9 @@ from inference_shardformer.config.model import ModelFacts
 from inference_shardformer.errors import CheckpointError, PolicyError, TensorParallelSizeError
 from inference_shardformer.policies.llama import LlamaPolicy
 from inference_shardformer.policies.registry import policy_for, supported_architectures
+from inference_shardformer.policies.rows import replicate
 from inference_shardformer.sharding.checkpoint import StateDictSource
-from inference_shardformer.sharding.plan import PlanContext, RankLayout, ShardingPlan, TensorInfo
+from inference_shardformer.sharding.plan import ModulePlan, PlanContext, RankLayout, ShardingPlan, TensorInfo
 from inference_shardformer.sharding.planner import Row, StyleRow, make_plan
 from inference_shardformer.sharding.styles import Column, Replicate, RowSplit, padded_vocab_part, rank_heads
 from inference_shardformer.sharding.weights import check_names
@@ -231,3 +232,10 @@ def test_facts_of_a_model() -> None:
     facts = LlamaPolicy().facts(_model(eos_token_id=[2, 5]).config)
     assert isinstance(facts, ModelFacts)
     assert (facts.head_dim, facts.total_num_kv_heads, facts.eos_token_ids) == (4, 2, (2, 5))
+
+
+def test_a_row_cannot_keep_a_module_that_is_not_there() -> None:
+    entry = replicate("model.extra")
+    module = ModulePlan("model.extra", "model.extra", "replicate", ())
+    with pytest.raises(PolicyError, match=r"'model\.extra' keeps model\.extra, but no module stands there"):
+        entry.build(module, None, None)
