@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -128,9 +129,10 @@ class InferenceShardformer:
         every rank.
         """
         trust = self._early.inference.weights.trust_remote_code
-        ranks = self._begin("from_pretrained()", lambda: read_model(path_or_hub_id, policy, trust_remote_code=trust))
+        read = partial(read_model, path_or_hub_id, policy, trust_remote_code=trust)
+        ranks = self._begin("from_pretrained()", read)
         try:
-            prepared = self._prepare(ranks, lambda: read_model(path_or_hub_id, policy, trust_remote_code=trust))
+            prepared = self._prepare(ranks, read)
             sharded = ranks.guard.together(
                 "weight loading",
                 lambda: shard_checkpoint(prepared, ranks, locate_checkpoint(path_or_hub_id), progress),
