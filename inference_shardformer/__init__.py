@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from inference_shardformer.importing import collection_paused
+
 __version__ = "0.1.0"
 
 _EXPORTS = {
@@ -16,7 +18,12 @@ _EXPORTS = {
     "RequestOutput": "inference_shardformer.engine.outputs",
     "SamplingParams": "inference_shardformer.engine.sampling_params",
     "ShardConfig": "inference_shardformer.config.shard",
+    "derive_policy": "inference_shardformer.drafting.draft",
+    "draft_policy": "inference_shardformer.drafting.draft",
     "explain": "inference_shardformer.explaining.offline",
+    "plan_model": "inference_shardformer.planning.offline",
+    "simulate": "inference_shardformer.simulation",
+    "verify_sharding": "inference_shardformer.verification.verify",
 }
 __all__ = [
     "ConfigSources",
@@ -28,23 +35,33 @@ __all__ = [
     "SamplingParams",
     "ShardConfig",
     "__version__",
+    "derive_policy",
+    "draft_policy",
     "explain",
+    "plan_model",
+    "simulate",
+    "verify_sharding",
 ]
 
 if TYPE_CHECKING:
     from inference_shardformer.config.inference import InferenceConfig
     from inference_shardformer.config.shard import ShardConfig
     from inference_shardformer.config.sources import ConfigSources
+    from inference_shardformer.drafting.draft import derive_policy, draft_policy
     from inference_shardformer.engine.engine import InferenceEngine
     from inference_shardformer.engine.outputs import RequestOutput
     from inference_shardformer.engine.sampling_params import SamplingParams
     from inference_shardformer.errors import InferenceShardformerError
     from inference_shardformer.explaining.offline import explain
+    from inference_shardformer.planning.offline import plan_model
     from inference_shardformer.shardformer import InferenceShardformer
+    from inference_shardformer.simulation import simulate
+    from inference_shardformer.verification.verify import verify_sharding
 
 
 def __getattr__(name: str) -> object:
     """Import public names on first use, so that `import inference_shardformer` costs nothing."""
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_EXPORTS[name]), name)
+    with collection_paused():
+        return getattr(import_module(_EXPORTS[name]), name)

@@ -7,6 +7,7 @@ InferenceShardformerError
 │   └── UnknownSettingError (KeyError, AttributeError)  a name that is no setting
 ├── PolicyError (ValueError)            the model cannot be sharded as asked
 │   ├── UnsupportedModelError           no policy for this architecture
+│   ├── PlanFileError                   a plan file is unreadable, edited, or made for something else
 │   └── TensorParallelSizeError         this tp size is impossible for this model
 ├── CheckpointError (ValueError)        the checkpoint is missing, corrupt or incomplete
 ├── BackendUnavailableError (RuntimeError)  a compute backend cannot serve this model here
@@ -57,6 +58,12 @@ class UnsupportedModelError(PolicyError):
     """No policy is registered for the model's architecture."""
 
     code = "unsupported_model"
+
+
+class PlanFileError(PolicyError):
+    """A plan file cannot be read, is not consistent, or was made for another model or another number of ranks."""
+
+    code = "plan_file"
 
 
 class TensorParallelSizeError(PolicyError):

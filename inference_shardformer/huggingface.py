@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from inference_shardformer.errors import CheckpointError, UnsupportedModelError
+from inference_shardformer.importing import collection_paused
 from inference_shardformer.resolving.examination import ModelSource
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
     from inference_shardformer.policies.base import Policy
 
@@ -48,12 +49,14 @@ def read_model(path_or_hub_id: str | Path, policy: Policy | None, *, trust_remot
 
 def load_hf_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
     """Read config.json as transformers understands it."""
-    from huggingface_hub import errors
-    from transformers import AutoConfig
+    with collection_paused():
+        from huggingface_hub import errors
+        from transformers import AutoConfig
 
     strict = getattr(errors, "StrictDataclassError", ValueError)  # what transformers 5 raises for a field's value
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with collection_paused():  # it imports the model's family
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (strict, ValueError, OSError, KeyError, TypeError, AttributeError) as exc:
         raise CheckpointError(
             f"{folder / 'config.json'}: transformers cannot read it: {exc}",
@@ -73,18 +76,29 @@ def architecture_of(hf_config: PreTrainedConfig) -> str:
     return str(names[0])
 
 
-def build_on_meta(hf_config: PreTrainedConfig, architecture: str) -> PreTrainedModel:
-    """The unsharded model without memory: every parameter on the meta device."""
+def build_on_meta(hf_config: PreTrainedConfig, architecture: str, folder: Path | None = None) -> PreTrainedModel:
+    """The unsharded model without memory: every parameter on the meta device.
+
+    Of a checkpoint in `folder` it gets the generation configuration, if there is one.
+    """
     import transformers
 
-    model_class = getattr(transformers, architecture, None)
+    with collection_paused():  # what is looked up is imported
+        known: object = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(hf_config), None)  # the user's own as well
+        is_own = getattr(known, "__name__", None) == architecture
+        found: object = known if is_own else getattr(transformers, architecture, None)
+    model_class = cast("type[PreTrainedModel] | None", found)
     if model_class is None:
         raise UnsupportedModelError(
             f"transformers {transformers.__version__} has no class {architecture!r}",
             remedy="upgrade transformers, or correct `architectures` in config.json",
         )
     with torch.device("meta"):
-        return model_class(hf_config)
+        model: PreTrainedModel = model_class(hf_config)
+    generation = None if folder is None else _generation(folder)
+    if generation is not None:
+        model.generation_config = generation
+    return model
 
 
 def eos_token_ids(source: Path | PreTrainedModel, hf_config: PreTrainedConfig) -> int | list[int] | None:
@@ -103,7 +117,7 @@ def skip_attention_masks(hf_config: PreTrainedConfig) -> None:
     hf_config._attn_implementation = "nopadding" if has_mask_interface else "flash_attention_2"
 
 
-def _generation(folder: Path) -> object:
+def _generation(folder: Path) -> GenerationConfig | None:
     from transformers import GenerationConfig
 
     if not (folder / "generation_config.json").is_file():

@@ -13,6 +13,9 @@ from inference_shardformer.errors import PluginError
 
 T = TypeVar("T")
 
+RESERVED = ("auto", "tuned")
+"""What a setting says in place of a name, so nothing can be registered under it."""
+
 
 @dataclass(frozen=True)
 class _Entry:
@@ -43,7 +46,7 @@ class Registry(Generic[T]):
     def register(self, name: str, target: str | T, *, origin: str = "") -> None:
         """Add one entry: an object, or an import path `module:Name` that is imported when the entry is asked for.
 
-        Raises `PluginError` if the name is taken, naming both origins, or if the path is malformed.
+        Raises `PluginError` if the name is reserved, if it is taken, naming both origins, or if the path is malformed.
         """
         self._add(self._entries, name, _Entry(target, origin or _describe(target)))
 
@@ -105,6 +108,12 @@ class Registry(Generic[T]):
             raise PluginError(
                 f"{self.kind} {name!r} from {entry.origin}: {entry.target!r} is not an import path",
                 remedy="write it as module:Name, for example my_package.my_module:MyClass",
+            )
+        if name in RESERVED:
+            raise PluginError(
+                f"{self.kind} {name!r} from {entry.origin}: the name is reserved, a setting of {name!r} chooses among "
+                "the registered ones",
+                remedy=f"register it under another name than {' and '.join(RESERVED)}",
             )
         known = entries.get(name)
         if known is not None:

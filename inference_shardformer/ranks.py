@@ -10,6 +10,7 @@ import torch
 from inference_shardformer.config.shard import ShardConfig
 from inference_shardformer.distributed.environment import RankEnvironment, ensure_process_group, process_group_for
 from inference_shardformer.distributed.guard import RankGuard
+from inference_shardformer.distributed.simulated.seat import SimulatedSeat
 from inference_shardformer.distributed.tensor_parallel import TensorParallelGroup
 from inference_shardformer.resolving.resolution import resolve_device
 
@@ -32,12 +33,17 @@ class Ranks:
         self._made_default_group = made_default_group
 
     @classmethod
-    def join(cls, shard: ShardConfig, process_group: dist.ProcessGroup | None) -> Ranks:
+    def join(cls, shard: ShardConfig, process_group: dist.ProcessGroup | SimulatedSeat | None) -> Ranks:
         """Join the ranks of `process_group`, else of the default group, else of the launcher, else this process alone.
 
         A default group is made only where the launcher's environment asks for one and none exists. Raises
         `EnvironmentMismatchError` if the number of ranks is not `shard.tp_size`.
         """
+        if isinstance(process_group, SimulatedSeat):
+            asked = None if shard.tp_size == "auto" else shard.tp_size
+            simulated, simulated_guard = process_group.join(asked, all_reduce=shard.all_reduce)
+            reason = "simulated ranks run on the CPU"
+            return cls(simulated, simulated_guard, device_reason=reason, made_default_group=False)
         device_type, device_reason = resolve_device(shard)
         index = RankEnvironment.detect().local_rank
         device = torch.device("cuda", index) if device_type == "cuda" else torch.device("cpu")
@@ -47,7 +53,9 @@ class Ranks:
         if members is None:
             group = TensorParallelGroup.single(device)
         else:
-            group = TensorParallelGroup.from_process_group(members, device=device, timeout_s=shard.timeout_s)
+            group = TensorParallelGroup.from_process_group(
+                members, device=device, timeout_s=shard.timeout_s, all_reduce=shard.all_reduce
+            )
         guard = RankGuard(group, timeout_s=shard.timeout_s)
         return cls(group, guard, device_reason=device_reason, made_default_group=made_default_group)
 

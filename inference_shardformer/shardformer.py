@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-import torch
-
+from inference_shardformer import reversing
+from inference_shardformer.attaching import allocate_cache
 from inference_shardformer.attention.switch import BackendSwitch
 from inference_shardformer.config.effects import ConfigEvent
 from inference_shardformer.config.inference import InferenceConfig
@@ -18,18 +18,20 @@ from inference_shardformer.config.loader import gather, merge_layers
 from inference_shardformer.config.resolved import with_decision
 from inference_shardformer.config.shard import ShardConfig
 from inference_shardformer.config.sources import ConfigSources
-from inference_shardformer.config.violations import ConfigViolations
 from inference_shardformer.engine.engine import InferenceEngine
-from inference_shardformer.errors import ConfigError, EnvironmentMismatchError, StateError
+from inference_shardformer.errors import EnvironmentMismatchError, StateError
 from inference_shardformer.explaining.explanation import Explanation, explain_engine
 from inference_shardformer.huggingface import eos_token_ids, locate_checkpoint, read_model
-from inference_shardformer.kv_cache.cache import PagedKVCache
-from inference_shardformer.kv_cache.sizing import free_memory, size_cache
-from inference_shardformer.kv_cache.spec import KVCacheSpec
+from inference_shardformer.planning.agreed import agreed_plan
+from inference_shardformer.preparing import prepare_together
 from inference_shardformer.ranks import Ranks
 from inference_shardformer.resolving.examination import ModelSource, refuse
-from inference_shardformer.resolving.preparation import Prepared, agreed_facts, prepare
-from inference_shardformer.sharded import Sharded, shard_checkpoint, shard_model
+from inference_shardformer.resolving.preparation import Prepared
+from inference_shardformer.saving import SavesWeights
+from inference_shardformer.sharded import Sharded, shard_checkpoint, shard_rank_files
+from inference_shardformer.sharding.sharder import ModulePlacer, place_planned
+from inference_shardformer.sharding.update import ShardWriter
+from inference_shardformer.states import State, illegal
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -37,34 +39,13 @@ if TYPE_CHECKING:
 
     from inference_shardformer.distributed.tensor_parallel import TensorParallelGroup
     from inference_shardformer.policies.base import Policy
+    from inference_shardformer.sharding.plan_file import PlanFile
     from inference_shardformer.sharding.weights import Progress
-
-
-T = TypeVar("T")
 
 _NUM_BLOCKS = "inference.cache.num_blocks"
 
 
-class State(Enum):
-    """Where a shardformer stands; each state names the calls that are legal in it."""
-
-    CREATED = "created"
-    SHARDED = "sharded"
-    ATTACHED = "attached"
-    CLOSED = "closed"
-    FAILED = "failed"
-
-
-_LEGAL = {
-    State.CREATED: "optimize(), from_pretrained(), close()",
-    State.SHARDED: "attach(), explain(), close()",
-    State.ATTACHED: "explain(), close()",
-    State.CLOSED: "none",
-    State.FAILED: "close()",
-}
-
-
-class InferenceShardformer:
+class InferenceShardformer(SavesWeights):
     """Shards one Hugging Face decoder over the ranks of a process group and hands it to an engine.
 
     Every rank makes the same calls. The ranks are those of `process_group` (a group or sub-group the caller made), else
@@ -120,10 +101,17 @@ class InferenceShardformer:
         return self._sharded
 
     def from_pretrained(
-        self, path_or_hub_id: str | Path, *, policy: Policy | None = None, progress: Progress | None = None
+        self,
+        path_or_hub_id: str | Path,
+        *,
+        policy: Policy | None = None,
+        plan: str | Path | PlanFile | None = None,
+        progress: Progress | None = None,
     ) -> PreTrainedModel:
         """Build the model from a checkpoint of which this rank reads its own slices only.
 
+        With a `plan` the slices are those of that file, which `inference-shardformer plan --out` writes; one that does
+        not fit the model and the ranks is refused with `PlanFileError`.
         `progress` is called with the bytes done and the bytes in all on this rank. Raises `CheckpointError`,
         `UnsupportedModelError`, `TensorParallelSizeError`, `ConfigError` or `BackendUnavailableError`, the same on
         every rank.
@@ -132,10 +120,11 @@ class InferenceShardformer:
         read = partial(read_model, path_or_hub_id, policy, trust_remote_code=trust)
         ranks = self._begin("from_pretrained()", read)
         try:
-            prepared = self._prepare(ranks, read)
+            prepared = prepare_together(self._layers, ranks, read)
+            file = None if plan is None else agreed_plan(ranks.guard, plan)
             sharded = ranks.guard.together(
                 "weight loading",
-                lambda: shard_checkpoint(prepared, ranks, locate_checkpoint(path_or_hub_id), progress),
+                lambda: shard_checkpoint(prepared, ranks, locate_checkpoint(path_or_hub_id), progress, file),
             )
         except BaseException:
             self._state = State.FAILED
@@ -147,48 +136,103 @@ class InferenceShardformer:
     ) -> tuple[PreTrainedModel, list[tuple[str, str]]]:
         """Shard a Hugging Face model in memory, in place; returns it and the pairs of parameters that are one tensor.
 
-        Every rank holds the same whole model; the parts that this rank does not need are let go one by one.
+        Every rank holds the same whole model; the parts that this rank does not need are let go one by one. If that
+        ends half way and all ranks are alive, the model is restored.
         """
-        source = ModelSource(model.config, type(model).__name__, eos_token_ids(model, model.config), policy)
-        ranks = self._begin("optimize()", lambda: source)
+        sharded = self._optimize(model, policy, must_be_reversible=False)
+        return sharded.model, list(sharded.plan.shared_parameters)
+
+    @contextmanager
+    def sharded_model(self, model: PreTrainedModel, policy: Policy | None = None) -> Iterator[PreTrainedModel]:
+        """`optimize(model, policy)` for the length of a `with`, and `unshard(model)` at its end, whatever happened.
+
+        Raises `StateError`, before anything is changed, where the model could not become again what it is.
+        """
+        self._optimize(model, policy, must_be_reversible=True)
         try:
-            prepared = self._prepare(ranks, lambda: source)
-            sharded = ranks.guard.together("sharding", lambda: shard_model(prepared, ranks, model))
+            yield model
+        finally:
+            if self._state in (State.SHARDED, State.ATTACHED):
+                self.unshard(model)
+
+    def load_sharded(
+        self, folder: str | Path, *, policy: Policy | None = None, progress: Progress | None = None
+    ) -> PreTrainedModel:
+        """Build the model from what `save_sharded` wrote; every rank reads its own file.
+
+        Raises `PlanFileError` where it was saved by other ranks, another model or another policy.
+        """
+        trust = self._early.inference.weights.trust_remote_code
+        read = partial(read_model, folder, policy, trust_remote_code=trust)
+        ranks = self._begin("load_sharded()", read)
+        try:
+            prepared = prepare_together(self._layers, ranks, read)
+            sharded = ranks.guard.together(
+                "weight loading", lambda: shard_rank_files(prepared, ranks, Path(folder), progress)
+            )
         except BaseException:
             self._state = State.FAILED
             raise
-        return self._finish(prepared, sharded), list(sharded.plan.shared_parameters)
+        self._finish(prepared, sharded)
+        return sharded.model
+
+    def unshard(self, model: PreTrainedModel, *, everywhere: bool = True) -> PreTrainedModel:
+        """Make the model the unsharded Hugging Face model again, in place: classes, values, ties, hooks, configuration.
+
+        Closes the engine. One parameter after another is gathered; unless `everywhere`, rank 0 alone gets them, and
+        those of other ranks are left on the meta device. Raises `StateError` where the original values are gone, and
+        `CheckpointError` if copies of one tensor differ between ranks.
+        """
+        prepared, sharded, ranks = self._held("unshard()", model)
+        reversing.check(prepared, sharded)
+        if self._engine is not None:
+            self._engine.close()
+        self._state = State.FAILED  # until every rank is done
+        self._engine = self._sharded = self._switch = None
+        ranks.guard.together("unsharding", lambda: reversing.unshard(prepared, sharded, ranks, everywhere=everywhere))
+        self._state = State.RESTORED
+        return model
+
+    def _optimize(self, model: PreTrainedModel, policy: Policy | None, *, must_be_reversible: bool) -> Sharded:
+        source = ModelSource(model.config, type(model).__name__, eos_token_ids(model, model.config), policy)
+        ranks = self._begin("optimize()", lambda: source)
+        try:
+            prepared = prepare_together(self._layers, ranks, lambda: source)
+            sharded = reversing.shard(
+                prepared, ranks, model, must_be_reversible=must_be_reversible, place=self._module_placer()
+            )
+        except BaseException:
+            self._state = State.FAILED
+            raise
+        self._finish(prepared, sharded)
+        return sharded
 
     def attach(self, model: PreTrainedModel, *, tokenizer: PreTrainedTokenizerBase | None = None) -> InferenceEngine:
         """Size and allocate the paged cache and put an engine over the model that this shardformer sharded."""
-        if self._state is not State.SHARDED or self._sharded is None or self._prepared is None or self._ranks is None:
+        if self._state is not State.SHARDED:
             raise self._illegal("attach()")
-        if model is not self._sharded.model:
-            raise StateError(
-                f"attach() was given another {type(model).__name__} than the one this shardformer sharded",
-                remedy="attach the model that optimize() or from_pretrained() returned",
-            )
-        ranks, prepared = self._ranks, self._prepared
-        kv_cache = ranks.guard.together("cache allocation", lambda: self._allocate_cache(prepared, ranks))
+        prepared, sharded, ranks = self._held("attach()", model)
+        kv_cache, self._cache_reason = ranks.guard.together("cache allocation", lambda: allocate_cache(prepared, ranks))
         config = with_decision(prepared.config, _NUM_BLOCKS, kv_cache.num_blocks, self._cache_reason)
         self._switch = BackendSwitch(
             model,
-            backend=prepared.backend,
-            selection=prepared.selection,
-            num_layers=prepared.facts.num_layers,
+            attention=prepared.attention,
+            selections=prepared.selections,
+            rank_verdicts=prepared.rank_verdicts,
             options=config.inference.attention.options,
         )
         self._engine = InferenceEngine(
             model,
             facts=prepared.facts,
             config=config,
-            backend=prepared.backend,
+            attention=prepared.attention,
             kv_cache=kv_cache,
             group=ranks.group,
             guard=ranks.guard,
-            vocab_range=self._sharded.plan.vocab_range,
+            vocab_range=sharded.plan.vocab_range,
             tokenizer=tokenizer,
             switch=self._switch,
+            weights=ShardWriter(sharded.model, sharded.plan, sharded.original, sharded.note_new_weights),
         )
         self._state = State.ATTACHED
         return self._engine
@@ -198,12 +242,11 @@ class InferenceShardformer:
 
         As text for people it is `str()` of what is returned, for programs its `to_json()`.
         """
-        if self._prepared is None or self._sharded is None or self._ranks is None:
-            raise self._illegal("explain()")
-        now = self._prepared.config if self._engine is None else self._engine.config.current.config
-        selection = self._prepared.selection if self._switch is None else self._switch.selection
-        prepared = replace(self._prepared, selection=selection)
-        return explain_engine(prepared, self._sharded, now, cache_reason=self._cache_reason)
+        prepared, sharded, _ = self._held("explain()")
+        now = prepared.config if self._engine is None else self._engine.config.current.config
+        verdicts = prepared.rank_verdicts if self._switch is None else self._switch.rank_verdicts
+        prepared = replace(prepared, rank_verdicts=verdicts)
+        return explain_engine(prepared, sharded, now, cache_reason=self._cache_reason)
 
     def close(self) -> None:
         """Close the engine, the guard and the groups this shardformer made. Idempotent."""
@@ -222,6 +265,10 @@ class InferenceShardformer:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def _module_placer(self) -> ModulePlacer:
+        """What puts the planned modules into a model in memory."""
+        return place_planned
+
     def _begin(self, call: str, read: Callable[[], ModelSource]) -> Ranks:
         if self._state is not State.CREATED:
             raise self._illegal(call)
@@ -233,47 +280,20 @@ class InferenceShardformer:
         self._state = State.CREATED
         return self._ranks
 
-    def _prepare(self, ranks: Ranks, read: Callable[[], ModelSource]) -> Prepared:
-        """Decide and check everything, on all ranks alike."""
-        prepared = _all_or_none(ranks, "preparation", lambda: prepare(self._layers, ranks, read))
-        ranks.guard.agree("preparation", agreed_facts(prepared))
-        if torch.get_num_threads() != prepared.config.threads_per_rank:
-            torch.set_num_threads(prepared.config.threads_per_rank)
-        return prepared
-
     def _finish(self, prepared: Prepared, sharded: Sharded) -> PreTrainedModel:
         self._prepared, self._sharded, self._state = prepared, sharded, State.SHARDED
         return sharded.model
 
-    def _allocate_cache(self, prepared: Prepared, ranks: Ranks) -> PagedKVCache:
-        config, facts, spec = prepared.config, prepared.facts, prepared.backend.spec
-        kv_spec = KVCacheSpec(facts.num_layers, spec.num_kv_heads, spec.head_dim, spec.block_size, spec.dtype)
-        num_blocks, self._cache_reason = size_cache(
-            kv_spec,
-            config.inference.cache,
-            max_num_seqs=config.inference.scheduler.max_num_seqs,
-            max_model_len=config.max_model_len,
-            free_bytes=free_memory(ranks.device),
-            ranks_on_host=ranks.ranks_on_host,
-        )
-        agreed = min(int(text) for text in ranks.group.all_gather_bytes(str(num_blocks).encode()))
-        return PagedKVCache(
-            kv_spec, num_blocks=agreed, device=ranks.device, layout=prepared.backend.capabilities.kv_layout
-        )
+    def _held(self, call: str, model: PreTrainedModel | None = None) -> tuple[Prepared, Sharded, Ranks]:
+        """What a sharded model hangs on. Raises `StateError` without one, and for another model than that."""
+        if self._prepared is None or self._sharded is None or self._ranks is None:
+            raise self._illegal(call)
+        if model is not None and model is not self._sharded.model:
+            raise StateError(
+                f"{call} was given another {type(model).__name__} than the one this shardformer sharded",
+                remedy="give it the model that optimize() or from_pretrained() returned",
+            )
+        return self._prepared, self._sharded, self._ranks
 
     def _illegal(self, call: str) -> StateError:
-        return StateError(
-            f"{call} is not possible in the state {self._state.value!r}",
-            remedy=f"legal now: {_LEGAL[self._state]}; a shardformer shards one model, make another for the next",
-        )
-
-
-def _all_or_none(ranks: Ranks, phase: str, fn: Callable[[], T]) -> T:
-    """`guard.together`; ranks whose configuration is wrong in the same way keep their list of violations."""
-    try:
-        return ranks.guard.together(phase, fn)
-    except ConfigError as exc:
-        mine = exc.__cause__
-        if isinstance(mine, ConfigViolations) and mine.message.startswith(exc.message):
-            raise mine from None
-        raise
+        return illegal(call, self._state)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import torch
 
 
@@ -88,11 +91,49 @@ def _attend(
     return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis; shape and type of `x`."""
-    wide = x.to(_wide(x.dtype))
+def rms_norm(
+    x: torch.Tensor,  # [..., size]
+    weight: torch.Tensor,  # [size]
+    eps: float,
+    *,
+    residual: torch.Tensor | None = None,  # [..., size], changed in place
+    weight_offset: float = 0.0,
+    rounds_before_weight: bool = False,
+) -> torch.Tensor:
+    """`x / sqrt(mean(x^2) + eps) * (weight + weight_offset)` over the last axis; shape and type of `x`.
+
+    With a residual, `residual += x` is normalised instead. `rounds_before_weight` rounds the normalised value to the
+    type of `x` before it meets the weight, as Hugging Face's LLaMA does.
+    """
+    wide = _plus(residual, x).to(_wide(x.dtype))
     normed = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + eps)
-    return (normed * weight.to(wide.dtype)).to(x.dtype)
+    if rounds_before_weight:
+        normed = normed.to(x.dtype).to(wide.dtype)
+    return (normed * (weight.to(wide.dtype) + weight_offset)).to(x.dtype)
+
+
+def layer_norm(
+    x: torch.Tensor,  # [..., size]
+    weight: torch.Tensor | None,  # [size]
+    bias: torch.Tensor | None,  # [size]
+    eps: float,
+    *,
+    residual: torch.Tensor | None = None,  # [..., size], changed in place
+) -> torch.Tensor:
+    """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias` over the last axis; with a residual, of `residual += x`."""
+    wide = _plus(residual, x).to(_wide(x.dtype))
+    centred = wide - wide.mean(dim=-1, keepdim=True)
+    normed = centred * torch.rsqrt(centred.pow(2).mean(dim=-1, keepdim=True) + eps)
+    if weight is not None:
+        normed = normed * weight.to(wide.dtype)
+    if bias is not None:
+        normed = normed + bias.to(wide.dtype)
+    return normed.to(x.dtype)
+
+
+def _plus(residual: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """What is normalised: `x`, or the residual after `x` was added to it in place."""
+    return x if residual is None else residual.add_(x)
 
 
 def apply_rotary(
@@ -116,3 +157,119 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """`silu(gate) * up` of `[..., 2 * size]`, gate first; returns `[..., size]`."""
     gate, up = gate_up.to(_wide(gate_up.dtype)).chunk(2, dim=-1)
     return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+
+
+def gelu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """`gelu(gate) * up` of `[..., 2 * size]`, gate first, by gelu's tanh form; returns `[..., size]`."""
+    gate, up = gate_up.to(_wide(gate_up.dtype)).chunk(2, dim=-1)
+    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate.pow(3))
+    return (0.5 * gate * (1 + torch.tanh(inner)) * up).to(gate_up.dtype)
+
+
+def add(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a + b`, rounded once."""
+    return (a.to(_wide(a.dtype)) + b.to(_wide(a.dtype))).to(a.dtype)
+
+
+def rotary_and_write_kv(
+    qkv: torch.Tensor,  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
+    k_cache: torch.Tensor,  # [num_blocks, block_size, num_kv_heads, head_dim], changed in place
+    v_cache: torch.Tensor,  # like k_cache, changed in place
+    slot_mapping: torch.Tensor,  # [num_tokens], slot = block_id * block_size + offset; negative: not stored
+    *,
+    cos: torch.Tensor,  # [num_tokens, rotary_dim], both halves hold the same angles
+    sin: torch.Tensor,  # [num_tokens, rotary_dim]
+    layout: Literal["NHD", "HND"] = "NHD",
+) -> torch.Tensor:
+    """Rotate queries and keys, store keys and values, and return the queries `[num_tokens, num_heads, head_dim]`.
+
+    Only the first `rotary_dim` elements of a head turn. In layout HND the caches are
+    `[num_blocks, num_kv_heads, block_size, head_dim]`.
+    """
+    if layout == "HND":
+        k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+    num_kv_heads, head_dim, rotary_dim = k_cache.shape[2], k_cache.shape[3], cos.shape[-1]
+    heads = qkv.unflatten(1, (-1, head_dim))
+    q, k, v = heads.split((heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads), dim=1)
+    q, k = (torch.cat((_rotate(x[..., :rotary_dim], cos, sin), x[..., rotary_dim:]), dim=-1) for x in (q, k))
+    is_stored = slot_mapping >= 0
+    write_kv(k[is_stored], v[is_stored], k_cache, v_cache, slot_mapping[is_stored])
+    return q
+
+
+def rotary_table_and_write_kv(
+    qkv: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    table: torch.Tensor,  # float32 [num_positions, rotary_dim]: cosines, then sines, of rotary_dim / 2 angles
+    positions: torch.Tensor,  # [num_tokens]
+    layout: Literal["NHD", "HND"] = "NHD",
+) -> torch.Tensor:
+    """As `rotary_and_write_kv`, with the angles of each token's position from a table."""
+    cos, sin = (half.repeat(1, 2) for half in table[positions].chunk(2, dim=-1))
+    return rotary_and_write_kv(qkv, k_cache, v_cache, slot_mapping, cos=cos, sin=sin, layout=layout)
+
+
+def argmax(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Value in float32 and index of the greatest element of each row, the first among equals; NaN is above all."""
+    values, indices = topk(x, 1)
+    return values[..., 0], indices[..., 0]
+
+
+def topk(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values in float32 and indices of the `k` greatest of each row: best first, lower index first among equals."""
+    values, indices = x.float().sort(dim=-1, descending=True, stable=True)
+    return values[..., :k], indices[..., :k]
+
+
+def linear(
+    x: torch.Tensor,  # [..., in_features]
+    weight: torch.Tensor,  # [out_features, in_features]; with an activation gate rows, then as many up rows
+    *,
+    bias: torch.Tensor | None = None,  # [out_features]
+    residual: torch.Tensor | None = None,  # like the result
+    activation: Literal["silu", "gelu_tanh"] | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """`x @ weight^T + bias + residual`, or `activation(gate) * up`, rounded once."""
+    wide = _wide(x.dtype)
+    out = x.to(wide) @ weight.to(wide).T
+    if bias is not None:
+        out = out + bias.to(wide)
+    if activation is not None:
+        out = silu_and_mul(out) if activation == "silu" else gelu_and_mul(out)
+    if residual is not None:
+        out = out + residual.to(wide)
+    return out.to(out_dtype or x.dtype)
+
+
+def quantize_int8(weight: torch.Tensor, group_size: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric int8 codes of `[out_features, in_features]` and float32 scales `[out_features, groups]`.
+
+    `group_size` columns share a scale, the last ones fewer; 0: the whole row.
+    """
+    size = group_size or weight.shape[1]
+    codes, scales = torch.empty_like(weight, dtype=torch.int8), []
+    for start in range(0, weight.shape[1], size):
+        group = weight[:, start : start + size].float()
+        largest = group.abs().amax(dim=1, keepdim=True)
+        steps = torch.full_like(largest, 127)
+        scales.append(largest / steps)
+        inverse = torch.where(largest > 0, steps / largest, 0.0)
+        codes[:, start : start + size] = (group * inverse).round().clamp(-127, 127).to(torch.int8)
+    return codes, torch.cat(scales, dim=1)
+
+
+def dequantize_int8(codes: torch.Tensor, scales: torch.Tensor, group_size: int = 0) -> torch.Tensor:
+    """The float32 weight that codes and scales stand for."""
+    size = group_size or codes.shape[1]
+    return codes.float() * scales.repeat_interleave(size, dim=1)[:, : codes.shape[1]]
+
+
+def embedding(ids: torch.Tensor, weight: torch.Tensor, first: int = 0) -> torch.Tensor:
+    """Rows of `weight`, which holds the ids from `first` on; zeros for ids that it does not hold."""
+    rows = ids - first
+    is_held = (rows >= 0) & (rows < len(weight))
+    return weight[rows.clamp(0, len(weight) - 1)] * is_held[..., None]

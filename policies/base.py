@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
+from pydantic import BaseModel
 from torch import nn
 
 from inference_shardformer.attention.base import AttentionBackend, AttentionSpec
+from inference_shardformer.attention.groups import LayerGroups
+from inference_shardformer.attention.layered import LayeredAttention
+from inference_shardformer.compute.bound import ComputeKernels
 from inference_shardformer.config.model import ModelFacts
+from inference_shardformer.config.option_steps import OptionsSteps
 from inference_shardformer.distributed.tensor_parallel import TensorParallelGroup
-from inference_shardformer.errors import TensorParallelSizeError
+from inference_shardformer.errors import PolicyError, TensorParallelSizeError
 from inference_shardformer.policies.adapters import NO_ADAPTERS, Adapters
-from inference_shardformer.sharding.plan import ModulePlan, RankLayout
+from inference_shardformer.sharding.plan import ModulePlan, RankLayout, TensorInfo
 from inference_shardformer.sharding.planner import ReplaceRow, StyleRow
+from inference_shardformer.sharding.stored import StoredTensor, as_it_is
 from inference_shardformer.sharding.styles import rank_heads
 
 if TYPE_CHECKING:
@@ -26,13 +35,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuildContext:
-    """Everything a module needs, bound at construction. `backend` was selected and proven before."""
+    """Everything a module needs, bound at construction. Backends and kernels were selected and proven before."""
 
     facts: ModelFacts
     hf_config: PreTrainedConfig
     group: TensorParallelGroup
-    backend: AttentionBackend
+    attention: LayeredAttention
+    kernels: ComputeKernels
     vocab_range: tuple[int, int]
+
+    def backend_of(self, layer_idx: int) -> AttentionBackend:
+        """The attention backend of one layer; its module keeps it as an attribute."""
+        return self.attention.of(layer_idx)
 
 
 class ParallelFactory(Protocol):
@@ -62,7 +76,7 @@ class ReplaceEntry:
     """A table row that exchanges modules of one exact native class."""
 
     row: ReplaceRow
-    native_class: str
+    native_class: str | None  # None: the factory itself decides what it exchanges
     build: ReplacementFactory
 
 
@@ -73,13 +87,35 @@ class Policy(ABC):
     """How one family of models is sharded. Never changed; the plan it leads to is data.
 
     `adapters` says what becomes of module classes of the user's own; a class nobody named is refused, never skipped.
+
+    `name` is the class's in snake case, without `Policy`, unless the class declares another. A policy with settings of
+    its own declares them as `Options`, a frozen pydantic model that forbids extra names. Users set them as
+    `shard.policy.options.<name>.<option>`; `options` is an instance of it before any method below is called.
     """
 
+    name: ClassVar[str]
     contract_version: ClassVar[int] = 1
     architectures: ClassVar[tuple[str, ...]]
+    can_capture: ClassVar[bool] = False  # no module of a step reads on the host what the device computed
+    layer_shape: ClassVar[str] = ""  # "llama": decoder layers that a kernel for LLaMA's can run whole
+    Options: ClassVar[type[BaseModel] | None] = None
+    options_version: ClassVar[int] = 1  # grows when an option is renamed, dropped or means something else
+    options_steps: ClassVar[OptionsSteps] = MappingProxyType({})  # the step that leaves each older version
+    options: BaseModel | None = None
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):
+            cls.name = policy_name(cls.__name__)
 
     def __init__(self, adapters: Adapters = NO_ADAPTERS) -> None:
         self.adapters = adapters
+
+    def with_options(self, options: BaseModel | None) -> Self:
+        """This policy with the options that the configuration gives it. Called before every other method."""
+        bound = copy.copy(self)
+        bound.options = options
+        return bound
 
     def adapting(
         self, native_class: type[nn.Module], build: ReplacementFactory, *, rows: tuple[PolicyEntry, ...] = ()
@@ -113,6 +149,10 @@ class Policy(ABC):
         """
         return {}
 
+    def stored(self, tensors: Mapping[str, TensorInfo]) -> tuple[StoredTensor, ...]:
+        """How a checkpoint keeps the tensors of the unsharded model: as they are, unless a family says otherwise."""
+        return tuple(as_it_is(name) for name in tensors)
+
     def optional_tensors(self, facts: ModelFacts) -> frozenset[str]:
         """Checkpoint tensors that may be present or absent without meaning anything."""
         return frozenset({"lm_head.weight"}) if facts.tie_word_embeddings else frozenset()
@@ -140,15 +180,46 @@ class Policy(ABC):
             )
 
     def attention_spec(
-        self, facts: ModelFacts, layout: RankLayout, *, dtype: torch.dtype, device: torch.device, block_size: int
+        self,
+        facts: ModelFacts,
+        layout: RankLayout,
+        *,
+        layer_idx: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        block_size: int,
     ) -> AttentionSpec:
-        """What an attention backend must serve on this rank."""
+        """What an attention backend must serve in one layer on this rank; layers of equal specs share a backend."""
         return AttentionSpec(
             num_heads=rank_heads(facts.total_num_heads, *layout)[1],
             num_kv_heads=rank_heads(facts.total_num_kv_heads, *layout)[1],
             head_dim=facts.head_dim,
-            scale=facts.head_dim**-0.5,
+            scale=facts.head_dim**-0.5 if facts.attention_scale is None else facts.attention_scale,
             dtype=dtype,
             device=device,
             block_size=block_size,
+            sliding_window=facts.sliding_windows[layer_idx] if facts.sliding_windows else None,
+            softcap=facts.attention_softcap,
+            sinks=facts.attention_sinks,
         )
+
+    def attention_groups(
+        self, facts: ModelFacts, layout: RankLayout, *, dtype: torch.dtype, device: torch.device, block_size: int
+    ) -> LayerGroups:
+        """The specs of all layers on this rank. Raises `PolicyError` where they do not fit one cache, or the facts."""
+        windows, num_layers = facts.sliding_windows, facts.num_layers
+        if windows and len(windows) != num_layers:
+            raise PolicyError(
+                f"the facts of this {facts.architecture} name {len(windows)} sliding windows for {num_layers} layers",
+                remedy="let the policy's facts() name one for each layer, None where there is none, or none at all",
+            )
+        return LayerGroups.of(
+            self.attention_spec(facts, layout, layer_idx=layer_idx, dtype=dtype, device=device, block_size=block_size)
+            for layer_idx in range(num_layers)
+        )
+
+
+def policy_name(class_name: str) -> str:
+    """The name of a policy by that of its class: `GPTNeoXPolicy` is `gpt_neo_x`."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", class_name.removesuffix("Policy"))
+    return words.lower()

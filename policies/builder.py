@@ -35,7 +35,7 @@ class PolicyModuleBuilder:
         build = self._adapters.factories.get(native_class)
         if build is not None:
             return build(native, children, self._context)
-        if native_class.__name__ != entry.native_class:
+        if entry.native_class not in (None, native_class.__name__):
             raise PolicyError(
                 f"{path} is a {native_class.__name__}, but the policy replaces {entry.native_class}: what the other "
                 "class does differently would be lost",

@@ -8,7 +8,13 @@ import torch
 
 from inference_shardformer.config.model import ModelFacts
 from inference_shardformer.errors import CheckpointError
-from inference_shardformer.policies.rotary import LENGTH_DEPENDENT_ROPE_TYPES, context_length, rope_settings
+from inference_shardformer.policies.rotary import (
+    LENGTH_DEPENDENT_ROPE_TYPES,
+    check_rope_type,
+    context_length,
+    rope_settings,
+)
+from inference_shardformer.policies.windows import SlidingWindows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -16,16 +22,27 @@ if TYPE_CHECKING:
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def decoder_facts(hf_config: PreTrainedConfig, *, architecture: str) -> ModelFacts:
-    """Facts of a LLaMA-shaped configuration.
+def decoder_facts(
+    hf_config: PreTrainedConfig,
+    *,
+    architecture: str,
+    intermediate_size: str = "intermediate_size",
+    activation: str | None = "hidden_act",
+    sliding_windows: SlidingWindows = (),
+) -> ModelFacts:
+    """Facts of a decoder's configuration.
 
-    Raises `CheckpointError` for quantised checkpoints and for a configuration whose head counts contradict each other.
+    `intermediate_size` and `activation` name fields; without an activation the MLP is not gated.
+
+    Raises `CheckpointError` for quantised checkpoints and for a configuration whose head counts contradict each other,
+    and `UnsupportedModelError` for an unknown rope type.
     """
     if getattr(hf_config, "quantization_config", None):
         raise CheckpointError(
             f"this {architecture} is quantised ({_quantisation(hf_config)}), which is not supported",
             remedy="use the unquantised checkpoint",
         )
+    check_rope_type(hf_config)
     heads = int(hf_config.num_attention_heads)
     kv_heads = int(getattr(hf_config, "num_key_value_heads", None) or heads)
     if heads % kv_heads:
@@ -38,7 +55,7 @@ def decoder_facts(hf_config: PreTrainedConfig, *, architecture: str) -> ModelFac
         model_type=str(hf_config.model_type),
         vocab_size=int(hf_config.vocab_size),
         hidden_size=int(hf_config.hidden_size),
-        intermediate_size=int(hf_config.intermediate_size),
+        intermediate_size=int(getattr(hf_config, intermediate_size)),
         num_layers=int(hf_config.num_hidden_layers),
         total_num_heads=heads,
         total_num_kv_heads=kv_heads,
@@ -47,7 +64,9 @@ def decoder_facts(hf_config: PreTrainedConfig, *, architecture: str) -> ModelFac
         eos_token_ids=token_ids(hf_config.eos_token_id),
         tie_word_embeddings=bool(hf_config.tie_word_embeddings),
         checkpoint_dtype=_checkpoint_dtype(hf_config),
+        activation=str(getattr(hf_config, activation)) if activation else "",
         length_dependent_rope=rope_settings(hf_config)["rope_type"] in LENGTH_DEPENDENT_ROPE_TYPES,
+        sliding_windows=sliding_windows,
     )
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import nn
 
+from inference_shardformer.errors import UnsupportedModelError
+from inference_shardformer.layers.layer_type_rotary import LayerTypeRotaryEmbedding
 from inference_shardformer.layers.rotary import LengthDependentRotaryEmbedding, RotaryEmbedding
 from inference_shardformer.policies.base import BuildContext
 
@@ -28,6 +31,18 @@ def rope_settings(hf_config: PreTrainedConfig) -> dict[str, object]:
     settings = getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_scaling", None) or {}
     rope_type = settings.get("rope_type", settings.get("type", "default"))
     return {**settings, "rope_type": rope_type}
+
+
+def check_rope_type(hf_config: PreTrainedConfig) -> None:
+    """Raise `UnsupportedModelError` for a rope type that the installed transformers cannot initialise."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope_type = rope_settings(hf_config)["rope_type"]
+    known = sorted({"default", *ROPE_INIT_FUNCTIONS})
+    if rope_type not in known:
+        raise UnsupportedModelError(
+            f"rope_type {rope_type!r} is not known to transformers", remedy=f"upgrade it, or use one of {known}"
+        )
 
 
 def context_length(hf_config: PreTrainedConfig) -> int:
@@ -55,3 +70,24 @@ def rotary_from_native(native: nn.Module, children: Mapping[str, nn.Module], con
         return initialise(config, torch.device("cpu"), seq_len=length)[0]
 
     return LengthDependentRotaryEmbedding(frequencies, real.inv_freq, real.attention_scaling)
+
+
+def rotary_by_layer_type(native: nn.Module, children: Mapping[str, nn.Module], context: BuildContext) -> nn.Module:
+    """Ask the native class for the frequencies of every type of layer."""
+    with torch.device("cpu"):
+        real = type(native)(config=context.hf_config)
+    return LayerTypeRotaryEmbedding(
+        {
+            layer_type: RotaryEmbedding(
+                cast("torch.Tensor", getattr(real, f"{layer_type}_inv_freq")),
+                cast("float", getattr(real, f"{layer_type}_attention_scaling")),
+            )
+            for layer_type in sorted(set(context.hf_config.layer_types))
+        }
+    )
+
+
+def rotary_of_own_config(native: nn.Module, children: Mapping[str, nn.Module], context: BuildContext) -> nn.Module:
+    """The module for windows was made with a configuration that differs from the model's."""
+    own = cast("PreTrainedConfig", native.config)
+    return rotary_from_native(native, children, replace(context, hf_config=own))

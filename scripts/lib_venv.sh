@@ -3,8 +3,11 @@
 #   PYTHON=python3.12     the interpreter to make the environment with (default: python3)
 #   VENV=/path            where the environment lies (default: .venv in the repository)
 
+# The bridge's set is installed beside it: ColossalAI without what it asks pip for, and what it really imports.
+
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${VENV:-$ROOT/.venv}"
+BRIDGE=(colossalai psutil einops peft accelerate galore_torch bitsandbytes) # versions: constraints.txt
 
 fail() {
   printf 'error: %s\n  remedy: %s\n' "$1" "$2" >&2
@@ -28,7 +31,7 @@ make_venv() {
 install_checksum() {
   {
     cat "$ROOT/pyproject.toml" "$ROOT/setup.py" "$ROOT/constraints.txt"
-    echo "$ROOT"
+    echo "$ROOT" "${BRIDGE[@]}"
     "$VENV/bin/python" --version
   } | "$VENV/bin/python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
 }
@@ -45,5 +48,8 @@ ensure_installed() {
   "$VENV/bin/python" -m pip install --disable-pip-version-check "${quiet[@]}" \
     -c "$ROOT/constraints.txt" -e "$ROOT${extra:+[$extra]}" >&2 ||
     fail "pip could not install this repository (its messages are above)" "check the network and the package index, then run this again"
+  "$VENV/bin/python" -m pip install --disable-pip-version-check "${quiet[@]}" \
+    -c "$ROOT/constraints.txt" --no-deps "${BRIDGE[@]}" >&2 ||
+    fail "pip could not install ColossalAI beside it (its messages are above)" "check the network and the package index, then run this again"
   echo "$checksum" | tee "$stamp" >"$stamp$extra"
 }

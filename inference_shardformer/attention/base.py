@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar, NoReturn
 
 import torch
@@ -14,6 +15,7 @@ from inference_shardformer.attention.capabilities import AttentionCapabilities, 
 from inference_shardformer.attention.requirements import UNSOUND, capability_reasons
 from inference_shardformer.attention.sizes import ANY_SIZE, Sizes
 from inference_shardformer.attention.spec import AttentionSpec, Reason
+from inference_shardformer.config.option_steps import OptionChange, OptionsStep, OptionsSteps
 from inference_shardformer.errors import BackendUnavailableError
 from inference_shardformer.kv_cache.cache import LayerKVCache, PagedKVCache
 from inference_shardformer.probing.requirement import Requirement
@@ -26,6 +28,8 @@ __all__ = [
     "AttentionSpec",
     "Feature",
     "KVLayout",
+    "OptionChange",
+    "OptionsStep",
     "RaggedBatch",
     "Reason",
     "Requirement",
@@ -66,9 +70,13 @@ class AttentionMetadata:
     batch: RaggedBatch
     kv_cache: PagedKVCache
 
+    def of(self, layer_idx: int) -> AttentionMetadata:
+        """What the backend of one layer planned: this, where one backend serves all layers."""
+        return self
+
 
 class AttentionBackend(ABC):
-    """Paged, ragged, causal attention of one model on one rank. Built once, before any weight is read.
+    """Paged, ragged, causal attention of layers with equal needs on one rank. Built once, before any weight is read.
 
     A subclass declares `name`, `contract_version` (what that number promises: `attention.contract`) and `capabilities`.
     Importing its module and declaring it do no work; whatever needs a library or a device happens in `__init__`.
@@ -82,11 +90,18 @@ class AttentionBackend(ABC):
     contract_version: ClassVar[int]
     capabilities: ClassVar[AttentionCapabilities]
     Options: ClassVar[type[BaseModel] | None] = None
+    options_version: ClassVar[int] = 1  # grows when an option is renamed, dropped or means something else
+    options_steps: ClassVar[OptionsSteps] = MappingProxyType({})  # the step that leaves each older version
     requires: ClassVar[tuple[Requirement, ...]] = ()  # foreign libraries; each is probed before this is constructed
 
     def __init__(self, spec: AttentionSpec, options: BaseModel | None = None) -> None:
         self.spec = spec
         self.options = options
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether it has `Feature.GRAPHS`."""
+        return Feature.GRAPHS in self.capabilities.features
 
     @classmethod
     def reasons(cls, spec: AttentionSpec) -> list[Reason]:

@@ -40,3 +40,4 @@ class AttentionCapabilities:
     gqa_ratios: Sizes = ANY_SIZE  # query heads per key head
     features: frozenset[Feature] = frozenset()
     kv_layout: KVLayout = KVLayout.NHD
+    needs_native: bool = False  # the library of native CPU kernels

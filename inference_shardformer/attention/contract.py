@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import inspect
 
-from pydantic import BaseModel
-
 from inference_shardformer.attention.base import AttentionBackend
 from inference_shardformer.attention.capabilities import AttentionCapabilities
+from inference_shardformer.config.option_steps import declaration_problem
 
 CONTRACT_VERSION = 1
 SUPPORTED_VERSIONS = tuple(version for version in (CONTRACT_VERSION - 1, CONTRACT_VERSION) if version >= 1)
@@ -53,14 +52,4 @@ def _declaration_problem(backend: type[AttentionBackend]) -> str | None:
     if inspect.isabstract(backend):
         missing = ", ".join(sorted(backend.__abstractmethods__))
         return f"it does not implement {missing}"
-    return _options_problem(backend.Options)
-
-
-def _options_problem(options: object) -> str | None:
-    if options is None:
-        return None
-    if not (isinstance(options, type) and issubclass(options, BaseModel)):
-        return f"its Options are {options!r}, not a subclass of pydantic's BaseModel"
-    if not (options.model_config.get("frozen") and options.model_config.get("extra") == "forbid"):
-        return 'its Options are not declared with model_config = ConfigDict(frozen=True, extra="forbid")'
-    return None
+    return declaration_problem(backend)

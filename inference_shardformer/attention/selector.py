@@ -14,7 +14,13 @@ from inference_shardformer.errors import BackendUnavailableError, InferenceShard
 from inference_shardformer.plugins import unknown_name
 
 # Preferred first, by device type. Plug-ins follow in order of their names; the reference is last, being slow.
-_PREFERRED = {"cpu": ("sdpa",), "cuda": ("sdpa",)}
+# CUDA, by what each one's kernels do (docs/gpu.md): those that split a context come before those that cannot, because a
+# few long decodes would leave most of the device idle; of the first, a library that somebody installed before ours, and
+# the one that needs no planning on the host before the one that does. sdpa copies all keys in every step.
+_PREFERRED = {
+    "cpu": ("cpu", "sdpa"),
+    "cuda": ("flash_attn", "flashinfer", "triton", "flash_attn4", "varlen", "sdpa"),
+}
 _LAST = "reference"
 _NO_SUCH_DEVICE = ("device", "device_missing")
 _REPORT_IT = "choose another attention.backend, and report this with the versions of torch and of the backend"
@@ -127,6 +133,8 @@ def _reasons(candidate: Candidate, spec: AttentionSpec, survey: Survey) -> list[
     reasons = [*candidate.backend.reasons(spec), *_device_reasons(spec, survey)]
     if any(reason.code in _NO_SUCH_DEVICE for reason in reasons):  # then its libraries do not matter
         return reasons
+    if candidate.backend.capabilities.needs_native and survey.native is not None:
+        reasons.append(survey.native)
     return reasons + [reason for each in candidate.requires if (reason := _library(each, spec, survey))]
 
 

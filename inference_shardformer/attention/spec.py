@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -36,6 +36,21 @@ class AttentionSpec:
     sinks: bool = False
     kv_dtype: torch.dtype | None = None
     features: frozenset[Feature] = ENGINE_FEATURES
+
+    def facts(self) -> dict[str, str]:
+        """The spec as text by name, the device without its number; what it does not ask for is left out."""
+        shown = {each.name: getattr(self, each.name) for each in fields(self)}
+        shown |= {"device": self.device.type, "features": "+".join(sorted(each.value for each in self.features))}
+        return {name: str(value).removeprefix("torch.") for name, value in shown.items() if value not in (None, False)}
+
+    def in_words(self) -> str:
+        """What distinguishes the layers of a model, in a few words."""
+        words = [f"{self.num_heads} heads", f"{self.num_kv_heads} key/value heads", f"head_dim {self.head_dim}"]
+        words.append(str(self.dtype).removeprefix("torch."))
+        words += [f"window {self.sliding_window}"] if self.sliding_window is not None else []
+        words += [f"softcap {self.softcap:g}"] if self.softcap is not None else []
+        words += [f"scale {self.scale:.4g}"] if self.scale != self.head_dim**-0.5 else []
+        return ", ".join([*words, *(["sinks"] if self.sinks else [])])
 
     @property
     def needs(self) -> frozenset[Feature]:

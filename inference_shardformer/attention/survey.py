@@ -10,7 +10,9 @@ import torch
 
 from inference_shardformer.attention.base import AttentionBackend
 from inference_shardformer.attention.contract import contract_problem
+from inference_shardformer.attention.spec import Reason
 from inference_shardformer.errors import PluginError
+from inference_shardformer.kernels.cpu.library import native_problem
 from inference_shardformer.plugins import Registry
 from inference_shardformer.probing.collect import collect_facts
 from inference_shardformer.probing.facts import HostFacts
@@ -42,11 +44,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Survey:
-    """Everything that selection looks at beside the spec: the machine, the candidates, what became of the probes."""
+    """Everything that selection looks at beside the spec: the machine, the candidates, what became of the probes.
+
+    `native` is why there are no native CPU kernels; `None` where there are, or where none could be used.
+    """
 
     host: HostFacts
     candidates: tuple[Candidate, ...]
     probes: Probes
+    native: Reason | None = None
 
 
 def make_registry() -> BackendRegistry:
@@ -55,6 +61,12 @@ def make_registry() -> BackendRegistry:
         "attention backend", entry_point_group=ENTRY_POINT_GROUP, check=contract_problem
     )
     registry.register("sdpa", "inference_shardformer.attention.sdpa:SdpaAttention")
+    registry.register("cpu", "inference_shardformer.attention.cpu:CpuAttention")
+    registry.register("flash_attn", "inference_shardformer.attention.flash_attn:FlashAttnAttention")
+    registry.register("flash_attn4", "inference_shardformer.attention.flash_attn4:FlashAttn4Attention")
+    registry.register("flashinfer", "inference_shardformer.attention.flashinfer:FlashInferAttention")
+    registry.register("triton", "inference_shardformer.attention.triton:TritonAttention")
+    registry.register("varlen", "inference_shardformer.attention.varlen:VarlenAttention")
     registry.register("reference", "inference_shardformer.attention.reference:ReferenceAttention")
     return registry
 
@@ -72,7 +84,8 @@ def make_survey(device: torch.device, registry: BackendRegistry = BACKENDS) -> S
     facts = host.device(device.type, device.index)
     declared = [requirement for candidate in candidates for requirement in candidate.requires]
     wanted = [each for each in declared if facts is not None and each.hardware_problem(host, facts) is None]
-    return Survey(host, candidates, probe_all(wanted))
+    missing = native_problem() if device.type == "cpu" else None
+    return Survey(host, candidates, probe_all(wanted), None if missing is None else Reason(*missing))
 
 
 def load_candidates(registry: BackendRegistry) -> tuple[Candidate, ...]:

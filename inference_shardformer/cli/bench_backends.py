@@ -70,19 +70,28 @@ def _compare(
     from inference_shardformer.tuning.session import compare_backends
 
     terminal = Terminal(is_main=is_main_rank())
-    comparison = compare_backends(gather(sources), model, buckets, rounds=rounds)
-    if args.json:
-        terminal.record(comparison.to_json())
-    elif terminal.is_main:
-        show(comparison, sys.stdout)
-    if comparison.choice is None:
+    comparisons = compare_backends(gather(sources), model, buckets, rounds=rounds)
+    for comparison in comparisons:
+        if args.json:
+            terminal.record(comparison.to_json())
+        elif terminal.is_main:
+            show(comparison, sys.stdout)
+    if any(comparison.choice is None for comparison in comparisons):
         return BackendUnavailableError.exit_code
     if terminal.is_main and args.plot:
-        draw(comparison, args.plot)
+        for comparison, path in zip(comparisons, _plot_paths(args.plot, len(comparisons)), strict=True):
+            draw(comparison, path)
     if terminal.is_main and args.save:
-        comparison.save(args.save)
+        for comparison in comparisons:
+            comparison.save(args.save)
         terminal.note(f"saved      {args.save}: use it with attention.backend=tuned, attention.profile={args.save}")
     return 0
+
+
+def _plot_paths(path: str, number: int) -> list[str]:
+    """One file for each group of layers: the path itself, or with `-1`, `-2`... before its suffix."""
+    stem, dot, suffix = path.rpartition(".")
+    return [path] if number == 1 else [f"{stem}-{place}{dot}{suffix}" for place in range(1, number + 1)]
 
 
 def _check_targets(args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from inference_shardformer.explaining.text import aligned
 
 if TYPE_CHECKING:
     from inference_shardformer.doctor.findings import Findings
-    from inference_shardformer.doctor.report import AttentionReport, RankReport
+    from inference_shardformer.doctor.report import AttentionReport, NativeReport, RankReport
     from inference_shardformer.probing.facts import DeviceFacts
 
 _WIDTH = 100
@@ -49,12 +49,12 @@ def summary(findings: Findings) -> str:
     """The verdict in one line."""
     ranks = len(findings.reports) + len(findings.missing)
     where = "this machine" if ranks == 1 else f"{ranks} ranks"
-    chosen = dict.fromkeys(name for report in findings.reports if (name := report.attention.chosen))
+    chosen = dict.fromkeys(_chosen(report) for report in findings.reports if all(report.chosen))
     if findings.can_serve:
         return f"{where}: attention backend {next(iter(chosen))} can serve"
     if findings.missing:
         return f"{where}: {_counted(len(findings.missing), 'rank')} sent no report"
-    if not all(report.attention.chosen for report in findings.reports):
+    if not all(all(report.chosen) for report in findings.reports):
         requested = findings.reports[0].attention.requested
         return f"{where}: {'no attention backend can' if requested == 'auto' else f'{requested} cannot'} serve"
     if len(chosen) > 1:
@@ -67,15 +67,30 @@ def sections(findings: Findings) -> list[Section]:
     first = findings.reports[0]
     found = [
         Section("machine", ("", ""), tuple(_machine(first))),
-        _spec(first.attention),
-        _backends(first.attention),
-        *(_backends(report.attention, f" on rank {report.rank}") for report in _with_own_verdicts(findings)),
+        *(section for each in first.layers for section in (_spec(each), _backends(each))),
+        *(
+            _backends(each, f" on rank {report.rank}")
+            for report in _with_own_verdicts(findings)
+            for each in report.layers
+        ),
+        Section("ColossalAI bridge", ("", ""), tuple(_bridge(first))),
         Section("missing ranks", ("rank", "why"), tuple((str(rank), why) for rank, why in findings.missing.items())),
         _differences(findings),
         Section("problems", ("", ""), tuple((f"rank {r.rank}", text) for r in findings.reports for text in r.problems)),
         Section("warnings", ("", ""), tuple(("-", text) for text in findings.warnings)),
     ]
     return [section for section in found if section.rows]
+
+
+def _bridge(report: RankReport) -> list[tuple[str, str]]:
+    """ColossalAI beside us, if it is installed."""
+    bridge = report.bridge
+    if bridge is None:
+        return []
+    missing = f", without {', '.join(bridge.missing)}" if bridge.missing else ""
+    remedy = f"; install with: {bridge.remedy}" if bridge.remedy else ""
+    told = [("colossalai", f"{bridge.version}{missing}{remedy}")]
+    return told + [("worked around", defect) for defect in bridge.mended]
 
 
 def _machine(report: RankReport) -> list[tuple[str, str]]:
@@ -92,11 +107,19 @@ def _machine(report: RankReport) -> list[tuple[str, str]]:
         ("cores", f"{use.cores}{quota}; {_counted(use.threads, 'thread')} in each rank ({use.threads_reason})"),
         ("memory", f"{_gib(memory.total)}, {_gib(memory.available)} available{limit}"),
         ("OpenMP", ", ".join(use.openmp) or "none loaded"),
+        ("native", _native(report.native)),
         ("groups", ", ".join(host.process_group_backends) or "no process-group back end"),
         ("launcher", f"rank {report.rank} of {report.world_size}" if "RANK" in report.environment else "none"),
         ("variables", " ".join(f"{name}={value}" for name, value in report.environment.items()) or "none set"),
         ("plug-ins", ", ".join(f"{name} ({origin})" for name, origin in report.plugins.items()) or "none installed"),
     ]
+
+
+def _native(native: NativeReport) -> str:
+    if native.problem is not None:
+        return f"no kernels: {native.problem.message} [{native.problem.code}]"
+    stale = ", built from other sources" if native.is_stale else ""
+    return f"kernels for {native.isa_level} (of {', '.join(native.isa_levels)}){stale}"
 
 
 def _spec(report: AttentionReport) -> Section:
@@ -126,12 +149,16 @@ def _under(name: str, verdict: str, texts: Sequence[str]) -> list[tuple[str, ...
 
 def _with_own_verdicts(findings: Findings) -> list[RankReport]:
     """Ranks whose backends ended otherwise than those of the first one."""
-    first = findings.reports[0].attention
-    return [
-        report
-        for report in findings.reports[1:]
-        if (report.attention.backends, report.attention.proof.outcome) != (first.backends, first.proof.outcome)
-    ]
+    first = _ended(findings.reports[0])
+    return [report for report in findings.reports[1:] if _ended(report) != first]
+
+
+def _ended(report: RankReport) -> list[tuple[object, ...]]:
+    return [(each.backends, each.proof.outcome) for each in report.layers]
+
+
+def _chosen(report: RankReport) -> str:
+    return " + ".join(dict.fromkeys(name for name in report.chosen if name))
 
 
 def _differences(findings: Findings) -> Section:

@@ -62,9 +62,10 @@ def _show(explanation: Explanation) -> None:
         console.print(line, markup=False)
     console.print(_table(COLUMNS, explanation.rows()))
     console.print(REQUESTS, markup=False)
-    if explanation.selection is not None:
-        asked = f"attention backends (asked for: {explanation.selection.requested})"
-        console.print(_table((asked, "verdict"), explanation.verdicts()))
+    if verdicts := explanation.verdicts():
+        console.print(_table(verdicts[0], verdicts[1:]))
+    if kernels := explanation.kernel_verdicts():
+        console.print(_table(kernels[0], kernels[1:]))
     for event in explanation.events:
         console.print(f"let pass: {event.message}", markup=False)
 

@@ -33,6 +33,7 @@ class Job:
     shard: ShardConfig
     prompts: list[str | list[int]]
     sampling: list[SamplingParams]
+    plan: str | None = None
 
 
 def add_command(commands: Commands) -> None:
@@ -48,6 +49,7 @@ def add_command(commands: Commands) -> None:
     add_config_flags(parser, GENERATE_FLAGS)
     parser.add_argument("--ignore-eos", action="store_true", help="do not end at an end-of-sequence token")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    parser.add_argument("--plan", metavar="FILE.json", help="load as this plan says, which `plan --out` wrote")
     parser.set_defaults(run=run)
 
 
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
         check_before_launch(job.model, num_ranks)
         return launch(words, num_ranks=num_ranks)
     terminal = Terminal(is_main=is_main_rank())
-    with open_session(job.model, job.sources, terminal, with_tokenizer=True) as session:
+    with open_session(job.model, job.sources, terminal, with_tokenizer=True, plan=job.plan) as session:
         write = write_json if args.json else write_text
         return write(session.engine, job.prompts, job.sampling, terminal)
 
@@ -75,7 +77,7 @@ def prepare(args: argparse.Namespace) -> Job:
             remedy='give token ids: a --prompts-file with lines {"prompt_token_ids": [...]}',
         )
     sampling = [_sampling(prompt, merged, args) for prompt in prompts]
-    return Job(model, sources, merged.shard, [prompt.content for prompt in prompts], sampling)
+    return Job(model, sources, merged.shard, [prompt.content for prompt in prompts], sampling, args.plan)
 
 
 def _sampling(prompt: Prompt, merged: MergedConfig, args: argparse.Namespace) -> SamplingParams:

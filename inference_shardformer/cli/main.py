@@ -8,9 +8,12 @@ from collections.abc import Sequence
 
 from inference_shardformer.cli import bench as bench_command
 from inference_shardformer.cli import doctor as doctor_command
+from inference_shardformer.cli import draft_policy as draft_policy_command
 from inference_shardformer.cli import explain as explain_command
 from inference_shardformer.cli import generate as generate_command
 from inference_shardformer.cli import migrate as migrate_command
+from inference_shardformer.cli import plan as plan_command
+from inference_shardformer.cli import verify as verify_command
 from inference_shardformer.cli.parser import ArgumentParser, add_version
 from inference_shardformer.cli.ranks import has_launcher_of_ours, is_main_rank, note_reported
 from inference_shardformer.cli.report import EXIT_INTERNAL, EXIT_INTERRUPTED, report_error, unexpected
@@ -53,6 +56,9 @@ def build_parser() -> ArgumentParser:
     doctor_command.add_command(commands)
     explain_command.add_command(commands)
     migrate_command.add_command(commands)
+    plan_command.add_command(commands)
+    verify_command.add_command(commands)
+    draft_policy_command.add_command(commands)
     return parser
 
 

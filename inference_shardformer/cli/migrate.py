@@ -47,8 +47,10 @@ def add_command(commands: Commands) -> None:
 
 def run(args: argparse.Namespace, words: Sequence[str]) -> int:
     """Migrate, tell, and write where that is allowed."""
+    from inference_shardformer.resolving.options import OptionOwners
+
     suffix = suffix_of(args.to) if args.to else ".yaml"
-    migration = migrate_file(args.file, suffix=suffix, lines=args.lines)
+    migration = migrate_file(args.file, suffix=suffix, lines=args.lines, plugins=OptionOwners())
     terminal = Terminal(is_main=is_main_rank())
     is_wanted = migration.is_complete or args.partial
     if args.to and is_wanted and terminal.is_main:

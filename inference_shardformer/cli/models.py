@@ -53,7 +53,8 @@ def has_tokenizer(model: str) -> bool:
 def check_before_launch(model: str, tp_size: int) -> None:
     """Refuse an unsupported architecture and an impossible tp size before any rank is started; download a Hub id once.
 
-    Reading a configuration as transformers does takes seconds, so that is done only where its numbers look wrong.
+    Reading a configuration as transformers does takes seconds, so that is done only where its numbers look wrong. A
+    policy with options is asked later, once these are known.
     """
     from inference_shardformer.huggingface import load_hf_config, locate_checkpoint
     from inference_shardformer.policies.registry import policy_for
@@ -63,7 +64,7 @@ def check_before_launch(model: str, tp_size: int) -> None:
     architectures = content.get("architectures")
     if isinstance(architectures, list) and architectures:
         policy = policy_for(str(architectures[0]))
-        if _looks_impossible(content, tp_size):
+        if policy.Options is None and _looks_impossible(content, tp_size):
             policy.check_tp_size(policy.facts(load_hf_config(folder, trust_remote_code=False)), tp_size)
 
 

@@ -42,7 +42,13 @@ def _metavar(field: ConfigField) -> str:
     return "|".join(words) or (field.path.rpartition(".")[2][0].upper() if is_number else "NAME")
 
 
-ENGINE_FLAGS = _declared("shard.tp_size", "inference.dtype", "shard.device", "inference.attention.backend")
+ENGINE_FLAGS = _declared(
+    "shard.tp_size",
+    "inference.dtype",
+    "shard.device",
+    "inference.attention.backend",
+    "inference.weights.quantization",
+)
 GENERATE_FLAGS = _declared(
     "inference.scheduler.max_num_seqs",
     "inference.sampling.max_new_tokens",

@@ -34,8 +34,13 @@ class Session(NamedTuple):
 
 
 @contextmanager
-def open_session(model: str, sources: ConfigSources, terminal: Terminal, *, with_tokenizer: bool) -> Iterator[Session]:
-    """Load `model` (a folder or Hub id) on this rank, say what was decided, and close everything at the end."""
+def open_session(
+    model: str, sources: ConfigSources, terminal: Terminal, *, with_tokenizer: bool, plan: str | None = None
+) -> Iterator[Session]:
+    """Load `model` (a folder or Hub id) on this rank, say what was decided, and close everything at the end.
+
+    `plan` is a plan file to load by.
+    """
     from inference_shardformer import InferenceShardformer
     from inference_shardformer.huggingface import locate_checkpoint
 
@@ -45,7 +50,7 @@ def open_session(model: str, sources: ConfigSources, terminal: Terminal, *, with
     shardformer = InferenceShardformer(sources=sources)
     try:
         with terminal.loading() as progress:
-            sharded = shardformer.from_pretrained(folder, progress=progress)
+            sharded = shardformer.from_pretrained(folder, plan=plan, progress=progress)
         engine = shardformer.attach(sharded, tokenizer=tokenizer)
         config = engine.config.current.config
         for label, path in _SHOWN:

@@ -34,12 +34,13 @@ class _Idle(NamedTuple):
 SAMPLING, CACHE, SCHEDULER = "inference.sampling", "inference.cache", "inference.scheduler"
 
 
-def idle_values(merged: MergedConfig, facts: ModelFacts, max_model_len: int) -> list[Violation]:
+def idle_values(merged: MergedConfig, facts: ModelFacts, max_model_len: int, block_size: int) -> list[Violation]:
     """A violation for every value that somebody asked for and that cannot take effect.
 
     A value is only idle because of one of the same or a lower level: a higher one has overridden the intention.
     """
-    return [_violation(merged, idle) for idle in _all_idle(merged, facts, max_model_len) if _counts(merged, idle)]
+    every = _all_idle(merged, facts, max_model_len, block_size)
+    return [_violation(merged, idle) for idle in every if _counts(merged, idle)]
 
 
 def event_of(violation: Violation) -> ConfigEvent:
@@ -67,9 +68,9 @@ def _violation(merged: MergedConfig, found: _Idle) -> Violation:
     return idle(found.path, merged.value(found.path), merged, found.why + source, found.remedy)
 
 
-def _all_idle(merged: MergedConfig, facts: ModelFacts, max_model_len: int) -> Iterator[_Idle]:
+def _all_idle(merged: MergedConfig, facts: ModelFacts, max_model_len: int, block_size: int) -> Iterator[_Idle]:
     yield from _in_sampling(merged.value, facts, max_model_len)
-    yield from _in_capacity(merged.value, facts, max_model_len)
+    yield from _in_capacity(merged.value, max_model_len, block_size)
     backend, profile = (f"inference.attention.{name}" for name in ("backend", "profile"))
     if merged.value(profile) is not None and merged.value(backend) != TUNED:
         why = f"attention.backend is {merged.value(backend)}, and only tuned reads a profile"
@@ -99,14 +100,14 @@ def _in_sampling(value: Callable[[str], object], facts: ModelFacts, max_model_le
         yield _Idle(f"{SAMPLING}.ignore_eos", "", "the model names no end-of-sequence token", "remove it")
 
 
-def _in_capacity(value: Callable[[str], object], facts: ModelFacts, max_model_len: int) -> Iterator[_Idle]:
+def _in_capacity(value: Callable[[str], object], max_model_len: int, block_size: int) -> Iterator[_Idle]:
     """Limits that something else keeps from being reached."""
     seqs, tokens = (cast(int, value(f"{SCHEDULER}.{name}")) for name in ("max_num_seqs", "max_num_batched_tokens"))
     if seqs > tokens:
         why = f"scheduler.max_num_batched_tokens is {tokens}, and every running sequence takes one token of a step"
         remedy = f"use at most {tokens}, or raise max_num_batched_tokens"
         yield _Idle(f"{SCHEDULER}.max_num_seqs", f"{SCHEDULER}.max_num_batched_tokens", why, remedy)
-    num_blocks, block_size = value(f"{CACHE}.num_blocks"), cast(int, value(f"{CACHE}.block_size"))
+    num_blocks = value(f"{CACHE}.num_blocks")
     if not isinstance(num_blocks, int):
         return
     if value(f"{CACHE}.memory_limit") != "auto":

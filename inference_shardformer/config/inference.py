@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 from inference_shardformer.config.frozen import FrozenMapping
 from inference_shardformer.config.metadata import about
 from inference_shardformer.config.templates import template_text
-from inference_shardformer.config.values import Auto, Bytes, Count, PluginOptions, Share
+from inference_shardformer.config.values import Auto, BlockLength, Bytes, Count, PluginOptions, Share
 
 TUNED = "tuned"  # the attention backend that a profile chooses
 _FROZEN = ConfigDict(frozen=True, extra="forbid", strict=False)
@@ -39,13 +39,46 @@ class AttentionConfig(BaseModel):
     )
 
 
+class KernelsConfig(BaseModel):
+    """Which kernels compute what stands around attention."""
+
+    model_config = _FROZEN
+
+    linear: str = Field(
+        default="auto",
+        min_length=1,
+        description="Kernel of all projections and of the output head; auto: the first without a reason against it.",
+        json_schema_extra=about(),
+    )
+    norm: str = Field(
+        default="auto",
+        min_length=1,
+        description="Kernel of the root-mean-square norms; auto: the first without a reason against it.",
+        json_schema_extra=about(),
+    )
+    activation: str = Field(
+        default="auto",
+        min_length=1,
+        description="What applies a gated MLP's activation; auto: fused into the linear kernel where that can.",
+        json_schema_extra=about(),
+    )
+    decoder_layer: str = Field(
+        default="auto",
+        min_length=1,
+        description="What runs a decoder layer; auto: one fused kernel where it can, else its modules one by one.",
+        json_schema_extra=about(),
+    )
+
+
 class CacheConfig(BaseModel):
     """The paged KV cache."""
 
     model_config = _FROZEN
 
-    block_size: StrictInt = Field(
-        default=16, ge=1, le=1024, description="Tokens per block.", json_schema_extra=about(unit="tokens")
+    block_size: BlockLength | Auto = Field(
+        default="auto",
+        description="Tokens per block; auto: 16, or the least that the first attention backend that can serve takes.",
+        json_schema_extra=about(unit="tokens"),
     )
     num_blocks: Count | Auto = Field(
         default="auto",
@@ -164,6 +197,17 @@ class WeightsConfig(BaseModel):
         description="Permit model code that comes with a checkpoint to run.",
         json_schema_extra=about(),
     )
+    allow_pickle: StrictBool = Field(
+        default=False,
+        description="Permit weights in pickled files (pytorch_model*.bin) where there are no safetensors ones.",
+        json_schema_extra=about(),
+    )
+    quantization: Literal["int8"] | None = Field(
+        default=None,
+        description="int8: projections and output head are kept in 8 bits, rounded while they are read; embeddings "
+        "and norms stay as they are. Nothing: weights as they are.",
+        json_schema_extra=about(flag="--quantization"),
+    )
 
 
 class InferenceConfig(BaseModel):
@@ -191,7 +235,14 @@ class InferenceConfig(BaseModel):
         description="Refuse a value that is accepted but cannot take effect; false: record it as an event.",
         json_schema_extra=about(),
     )
+    graphs: Count | Literal["auto", "none"] = Field(
+        default="auto",
+        description="Capture decode steps of up to so many sequences on a CUDA device, and replay them; auto: where "
+        "backend and model can, up to 256; none: never.",
+        json_schema_extra=about(unit="sequences"),
+    )
     attention: AttentionConfig = AttentionConfig()
+    kernels: KernelsConfig = KernelsConfig()
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     sampling: SamplingDefaults = SamplingDefaults()

@@ -66,7 +66,7 @@ def _entry(name: str, field: ConfigField) -> Iterator[str]:
         "default": "none" if field.is_open else f"`{show(field.default)}`",
         "may change": mutability_of(field.path),
         "option": f"`{field.flag}`" if field.flag else "",
-        "variable": f"`{field.variable}" + ("__BACKEND__OPTION`" if field.is_open else "`"),
+        "variable": f"`{field.variable}" + ("__NAME__OPTION`" if field.is_open else "`"),
     }
     yield from (f"- {label}: {text}" for label, text in facts.items() if text)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -52,6 +53,10 @@ class ResolvedConfig:
     max_model_len: int
     decisions: tuple[Decision, ...]
     num_blocks: int | None = None
+    all_reduce: str = "none"
+    block_size: int | None = None  # tokens; None where nothing decided it, then it was asked for
+    graphs: int | Literal["none"] = "none"  # sequences in the largest decode step that is captured
+    kernels: tuple[tuple[str, str], ...] = ()  # the kernel of each kind, by the name of its setting
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -81,9 +86,12 @@ DECIDED = {
     "shard.tp_size": "tp_size",
     "shard.device": "device",
     "shard.threads_per_rank": "threads_per_rank",
+    "shard.all_reduce": "all_reduce",
     "inference.dtype": "dtype",
     "inference.attention.backend": "attention_backend",
     "inference.max_model_len": "max_model_len",
     "inference.cache.num_blocks": "num_blocks",
+    "inference.cache.block_size": "block_size",
+    "inference.graphs": "graphs",
 }
 """The attribute of `ResolvedConfig` that holds the decided value of a field."""

@@ -1,4 +1,4 @@
-"""ShardConfig: how the ranks are laid out. Values only, no process group and no device object."""
+"""ShardConfig: how the ranks are laid out, and the model cut over them. Values only, no group and no device object."""
 
 from __future__ import annotations
 
@@ -6,12 +6,25 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat
 
+from inference_shardformer.config.frozen import FrozenMapping
 from inference_shardformer.config.metadata import about
-from inference_shardformer.config.values import Auto, Count
+from inference_shardformer.config.values import Auto, Count, PluginOptions
+
+
+class PolicyConfig(BaseModel):
+    """How a policy cuts the model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+    options: PluginOptions = Field(
+        default_factory=lambda: FrozenMapping(),  # type: ignore[arg-type]  # holds mappings alone
+        description="Options that a policy declares for itself, under its name: `options.<policy>.<option>`.",
+        json_schema_extra=about(),
+    )
 
 
 class ShardConfig(BaseModel):
-    """How ranks are laid out."""
+    """How ranks are laid out, and the model cut over them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
@@ -38,3 +51,10 @@ class ShardConfig(BaseModel):
         description="How long a rank may stay silent in one step before all ranks fail, by name.",
         json_schema_extra=about(unit="seconds"),
     )
+    all_reduce: Literal["auto", "none", "shm", "gloo", "nccl", "simulated"] = Field(
+        default="auto",
+        description="How partial sums are added over ranks; auto: through shared memory (shm) where all ranks are on "
+        "one host and can, else by the process group (gloo, nccl); none: the only rank; simulated: simulated ranks.",
+        json_schema_extra=about(),
+    )
+    policy: PolicyConfig = PolicyConfig()

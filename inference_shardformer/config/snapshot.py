@@ -115,6 +115,7 @@ def _final_shard(config: ResolvedConfig) -> ShardConfig:
             "tp_size": config.tp_size,
             "device": config.device,
             "threads_per_rank": config.threads_per_rank,
+            "all_reduce": config.all_reduce,
         }
     )
 
@@ -122,15 +123,16 @@ def _final_shard(config: ResolvedConfig) -> ShardConfig:
 def _final_inference(config: ResolvedConfig) -> InferenceConfig:
     """What was asked, with what was decided in its place."""
     asked = config.inference
-    cache = (
-        asked.cache.__dict__ if config.num_blocks is None else {**asked.cache.__dict__, "num_blocks": config.num_blocks}
-    )
+    sizes = {"num_blocks": config.num_blocks, "block_size": config.block_size}
+    cache = {**asked.cache.__dict__, **{name: size for name, size in sizes.items() if size is not None}}
     return type(asked).model_validate(
         {
             **asked.__dict__,
             "dtype": config.dtype,
             "max_model_len": config.max_model_len,
+            "graphs": config.graphs,
             "cache": cache,
             "attention": {**asked.attention.__dict__, "backend": config.attention_backend},
+            "kernels": {**asked.kernels.__dict__, **dict(config.kernels)},
         }
     )

@@ -1,6 +1,7 @@
 """The conformance kit: what every attention backend must do, as tests that its author does not have to write.
 
-In a test file: `TestMine = backend_suite(MyBackend)`. Anywhere else: `run_suite(MyBackend)`.
+In a test file: `TestMine = backend_suite(MyBackend)`. Anywhere else: `run_suite(MyBackend)`. For policies:
+`TestMine = policy_suite(MyPolicy, {"small": make_config})`.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from inference_shardformer.conformance.runner import run_suite
     from inference_shardformer.conformance.suite import backend_suite
+    from inference_shardformer.policy_conformance.suite import policy_suite
 
-__all__ = ["backend_suite", "run_suite"]
+__all__ = ["backend_suite", "policy_suite", "run_suite"]
 
 _EXPORTS = {
     "backend_suite": "inference_shardformer.conformance.suite",
+    "policy_suite": "inference_shardformer.policy_conformance.suite",
     "run_suite": "inference_shardformer.conformance.runner",
 }
 

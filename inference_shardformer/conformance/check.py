@@ -49,8 +49,9 @@ class Subject:
         return self.make(case.spec(self.device))
 
     def problem(self, case: Case, *, num_layers: int = 1, poison: float = torch.nan) -> Problem:
-        """Fresh tensors for a case, on the device of the trial."""
-        return make_problem(case, self.device, num_layers=num_layers, poison=poison)
+        """Fresh tensors for a case, on the device of the trial, in the layout that the backend declares."""
+        layout = self.declared.kv_layout
+        return make_problem(case, self.device, num_layers=num_layers, poison=poison, layout=layout)
 
     def require_right(self, case: Case, out: torch.Tensor, problem: Problem, layer_idx: int = 0) -> Notes:
         """Shape, type, device and values of a layer's output; notes the largest difference."""

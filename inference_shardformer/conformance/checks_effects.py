@@ -6,7 +6,7 @@ import torch
 
 from inference_shardformer.conformance.cases import Case
 from inference_shardformer.conformance.check import Check, Notes, Subject
-from inference_shardformer.conformance.problem import Problem
+from inference_shardformer.conformance.problem import Problem, in_blocks
 from inference_shardformer.conformance.trials import in_every_dtype
 from inference_shardformer.conformance.verdicts import require, same_bits
 
@@ -42,11 +42,13 @@ def _writes_named_slots(subject: Subject, case: Case) -> Notes | None:
     backend, problem = subject.build(case), subject.problem(case)
     slots, layer, cache = problem.batch.slot_mapping, problem.layers[0], problem.kv_cache.layer(0)
     expected = [tensor.clone() for tensor in cache]
+    blocks, offsets = in_blocks(slots, case.block_size)
     for tensor, given in zip(expected, (layer.k, layer.v), strict=True):
-        tensor.flatten(0, 1)[slots] = given.to(tensor.dtype)
+        problem.as_nhd(tensor)[blocks, offsets] = given.to(tensor.dtype)
     backend.write(layer.k, layer.v, cache, backend.plan(problem.batch, problem.kv_cache))
     for name, tensor, right in zip(("keys", "values"), cache, expected, strict=True):
-        wrong = ~torch.isclose(tensor.float(), right.float(), rtol=0, atol=0, equal_nan=True).flatten(0, 1)
+        wrong = ~torch.isclose(tensor.float(), right.float(), rtol=0, atol=0, equal_nan=True)
+        wrong = problem.as_nhd(wrong).flatten(0, 1)  # [num_slots, num_kv_heads, head_dim]
         touched = sorted(set(wrong.flatten(1).any(dim=1).nonzero().flatten().tolist()))
         named = set(slots.tolist())
         strays = [slot for slot in touched if slot not in named]

@@ -12,6 +12,7 @@ from inference_shardformer.attention.base import AttentionBackend, AttentionMeta
 from inference_shardformer.conformance.cases import Case
 from inference_shardformer.conformance.oracle import dense_attention
 from inference_shardformer.kv_cache.cache import PagedKVCache
+from inference_shardformer.kv_cache.layout import KVLayout
 from inference_shardformer.kv_cache.spec import KVCacheSpec
 
 CPU = torch.device("cpu")
@@ -48,6 +49,10 @@ class Problem:
         if layer.sinks is None:
             return backend.attend(layer.q, cache, meta)
         return backend.attend_with_sinks(layer.q, cache, meta, layer.sinks)
+
+    def as_nhd(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Keys or values of a layer as `[num_blocks, block_size, num_kv_heads, head_dim]`, a view in any layout."""
+        return self.kv_cache.layouts[0].as_nhd(tensor)
 
     def alone(self, seq: int) -> tuple[Problem, slice]:
         """One sequence over the same cache, and the place of its tokens in the packed ones."""
@@ -95,24 +100,35 @@ class _Blueprint(NamedTuple):
 
 
 def make_problem(
-    case: Case, device: torch.device = CPU, *, num_layers: int = 1, poison: float = torch.nan, seed: int = 0
+    case: Case,
+    device: torch.device = CPU,
+    *,
+    num_layers: int = 1,
+    poison: float = torch.nan,
+    seed: int = 0,
+    layout: KVLayout = KVLayout.NHD,
 ) -> Problem:
-    """Fresh tensors for a case, the same ones each time."""
+    """Fresh tensors for a case, the same ones each time; the same contents in every layout of the cache."""
     drawn, spec = _draw(case, num_layers, seed), case.spec(device)
     kv_spec = KVCacheSpec(num_layers, spec.num_kv_heads, spec.head_dim, spec.block_size, spec.cache_dtype)
-    kv_cache = PagedKVCache(kv_spec, num_blocks=drawn.pages.num_blocks, device=device)
+    kv_cache = PagedKVCache(kv_spec, num_blocks=drawn.pages.num_blocks, device=device, layout=layout)
     layers = []
     for layer_idx, (layer, sequences) in enumerate(zip(drawn.layers, drawn.dense, strict=True)):
         cache = kv_cache.layer(layer_idx)
         for tensor, which in zip(cache, range(2), strict=True):
             tensor.fill_(poison)
-            flat = tensor.flatten(0, 1)
             for (past, _), slots, kv in zip(case.sequences, drawn.pages.slots, sequences, strict=True):
-                flat[slots[:past]] = kv[which][:past].to(device, tensor.dtype)
+                blocks, offsets = in_blocks(torch.tensor(slots[:past], dtype=torch.int64), case.block_size)
+                layout.as_nhd(tensor)[blocks, offsets] = kv[which][:past].to(device, tensor.dtype)
         q, k, v = (tensor.to(device, copy=True) for tensor in (layer.q, layer.k, layer.v))
         sinks = None if layer.sinks is None else layer.sinks.to(device, copy=True)
         layers.append(LayerInputs(q, k, v, sinks, layer.expected))
     return Problem(spec, drawn.pages.batch(device), kv_cache, layers, drawn.pages)
+
+
+def in_blocks(slots: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The block of each slot, and its place there."""
+    return slots // block_size, slots % block_size
 
 
 @lru_cache(maxsize=512)

@@ -5,14 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import cast
+from typing import NoReturn, TypeVar, cast
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from inference_shardformer.distributed.all_reduce import (
+    AllReduce,
+    AllReduceChoice,
+    AllReduceRequest,
+    ProcessGroupAllReduce,
+)
+from inference_shardformer.distributed.choosing import choose_all_reduce
+from inference_shardformer.distributed.exchange import Exchange, ProcessGroupExchange
+from inference_shardformer.distributed.shm import ShmAllReduce
 from inference_shardformer.errors import EnvironmentMismatchError, InferenceShardformerError, StateError
+
+T = TypeVar("T")
 
 _HEADER_BYTES = 8
 _INLINE_BYTES = 1024 - _HEADER_BYTES
@@ -25,6 +36,7 @@ class TensorParallelGroup:
     The group owns its connections: aborting or closing it leaves the caller's process group as it was, and several
     groups may live beside each other. `num_collectives` counts the collectives entered here; the rank with the lowest
     count is the one that the others wait for. `is_in_collective` stays true when a collective failed.
+    `all_reduce_choice` says which all-reduce was chosen and why.
     """
 
     def __init__(
@@ -37,7 +49,13 @@ class TensorParallelGroup:
         self.is_in_collective = False
         self._data = data
         self._control = control
-        self._sum = dist.AllreduceOptions() if data is not None else None
+        self._all_reduce: AllReduce | None = None
+        self._data_exchange: Exchange | None = None
+        self._control_exchange: Exchange | None = None
+        if data is not None and control is not None:
+            self._data_exchange, self._control_exchange = ProcessGroupExchange(data), ProcessGroupExchange(control)
+            self._all_reduce = ProcessGroupAllReduce(data, name="gloo" if device.type == "cpu" else "nccl")
+        self.all_reduce_choice = AllReduceChoice(self._all_reduce.name if self._all_reduce else "none")
 
     @classmethod
     def single(cls, device: torch.device) -> TensorParallelGroup:
@@ -46,14 +64,25 @@ class TensorParallelGroup:
 
     @classmethod
     def from_process_group(
-        cls, process_group: dist.ProcessGroup, *, device: torch.device, timeout_s: float
+        cls,
+        process_group: dist.ProcessGroup,
+        *,
+        device: torch.device,
+        timeout_s: float,
+        all_reduce: AllReduceRequest = "auto",
     ) -> TensorParallelGroup:
-        """A group over the ranks of `process_group`; all of them must call this. `timeout_s` bounds one collective."""
+        """A group over the ranks of `process_group`; all of them must call this. `timeout_s` bounds one collective.
+
+        `all_reduce` names how tensors are summed: through shared memory ("shm"), by the process group, or the first of
+        these that all ranks can use. Shared memory also carries what is gathered and broadcast. Raises
+        `EnvironmentMismatchError` where the named one cannot be used.
+        """
         if process_group.size() == 1:
             return cls.single(device)
         rank, size, timeout = process_group.rank(), process_group.size(), timedelta(seconds=timeout_s)
         with joining(size):
-            store = dist.PrefixStore(_agree_on_name(process_group, device, timeout_s), _get_default_store())
+            name = _agree_on_name(process_group, device, timeout_s)
+            store = dist.PrefixStore(name, _get_default_store())
             gloo = dist.ProcessGroupGloo(dist.PrefixStore("control", store), rank, size, timeout)
             control = data = cast(dist.ProcessGroup, gloo)
             if device.type != "cpu":
@@ -61,27 +90,41 @@ class TensorParallelGroup:
                 options._timeout = timeout
                 nccl = dist.ProcessGroupNCCL(dist.PrefixStore("data", store), rank, size, options)
                 data = cast(dist.ProcessGroup, nccl)
-        return cls(data, control, device=device)
+            group = cls(data, control, device=device)
+            group._choose(all_reduce, name=name, timeout_s=timeout_s)
+        return group
 
     def all_reduce(self, t: torch.Tensor) -> torch.Tensor:
         """Sum `t` over the ranks, in place; returns `t`."""
         if self.size == 1:
             return t
-        self._run((self._data or _closed()).allreduce, [t], self._sum)
+        self._run(self._all_reduce or _closed(), t)
         return t
+
+    @property
+    def shared_sums(self) -> ShmAllReduce | None:
+        """The sums over shared memory, for native code that sums inside; None where they were not chosen."""
+        return self._all_reduce if isinstance(self._all_reduce, ShmAllReduce) else None
+
+    @contextmanager
+    def summing(self, count: int) -> Iterator[None]:
+        """Count so many sums that native code makes inside; after an error this rank counts as still in them."""
+        self.num_collectives += count
+        self.is_in_collective = True
+        yield
+        self.is_in_collective = False
 
     def all_gather(self, t: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """Concatenate every rank's `t` along `dim`, in rank order. All ranks bring the same shape."""
         if self.size == 1:
             return t
-        parts = t.new_empty((self.size, *t.shape)).unbind(0)
-        self._run((self._data or _closed()).allgather, [list(parts)], [t.contiguous()])
-        return torch.cat(parts, dim=dim)
+        gathered = self._run((self._data_exchange or _closed()).gather, t)
+        return torch.cat(gathered.unbind(0), dim=dim)
 
     def broadcast(self, t: torch.Tensor, *, src: int = 0) -> torch.Tensor:
         """Overwrite `t` with that of group rank `src`, in place; returns `t`."""
         if self.size > 1:
-            self._send(self._data or _closed(), t, src)
+            self._run((self._data_exchange or _closed()).broadcast, t, src)
         return t
 
     def broadcast_bytes(self, payload: bytes | None, *, src: int = 0) -> bytes:
@@ -92,18 +135,18 @@ class TensorParallelGroup:
         message = payload or b""
         if self.size == 1:
             return message
-        control = self._control or _closed()
+        control = self._control_exchange or _closed()
         first = torch.zeros(_HEADER_BYTES + _INLINE_BYTES, dtype=torch.uint8)
         if self.rank == src:
             head = len(message).to_bytes(_HEADER_BYTES, "little") + message[:_INLINE_BYTES]
             first[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
-        self._send(control, first, src)
+        self._run(control.broadcast, first, src)
         received = first.numpy().tobytes()
         length = int.from_bytes(received[:_HEADER_BYTES], "little")
         if length <= _INLINE_BYTES:
             return received[_HEADER_BYTES : _HEADER_BYTES + length]
         whole = bytearray(message if self.rank == src else length)
-        self._send(control, torch.frombuffer(whole, dtype=torch.uint8), src)
+        self._run(control.broadcast, torch.frombuffer(whole, dtype=torch.uint8), src)
         return bytes(whole)
 
     def all_gather_bytes(self, payload: bytes) -> list[bytes]:
@@ -113,7 +156,8 @@ class TensorParallelGroup:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:
-            self._run((self._control or _closed()).barrier)
+            control = self._control or _closed()
+            self._run(lambda: control.barrier().wait())
 
     def abort(self) -> None:
         """Give the connections up without waiting for anybody; may be called from any thread.
@@ -128,18 +172,30 @@ class TensorParallelGroup:
 
     def close(self) -> None:
         """Give the connections back. Collectives are illegal afterwards. Idempotent."""
-        self._data = self._control = None
+        all_reduce, self._all_reduce = self._all_reduce, None
+        self._data = self._control = self._data_exchange = self._control_exchange = None
+        if all_reduce is not None:
+            all_reduce.close()
 
-    def _send(self, backend: dist.ProcessGroup, t: torch.Tensor, src: int) -> None:
-        options = dist.BroadcastOptions()
-        options.rootRank = src
-        self._run(backend.broadcast, [t], options)
+    def _choose(self, requested: AllReduceRequest, *, name: str, timeout_s: float) -> None:
+        self._all_reduce, self.all_reduce_choice = choose_all_reduce(
+            self._all_reduce or _closed(),
+            self.all_gather_bytes,
+            rank=self.rank,
+            device=self.device,
+            timeout_s=timeout_s,
+            requested=requested,
+            name=name,
+        )
+        if isinstance(self._all_reduce, ShmAllReduce):
+            self._data_exchange = self._control_exchange = self._all_reduce
 
-    def _run(self, collective: Callable[..., dist.Work], *arguments: object) -> None:
+    def _run(self, collective: Callable[..., T], *arguments: object) -> T:
         self.num_collectives += 1
         self.is_in_collective = True
-        collective(*arguments).wait()
+        result = collective(*arguments)
         self.is_in_collective = False
+        return result
 
 
 @contextmanager
@@ -170,7 +226,7 @@ def _agree_on_name(process_group: dist.ProcessGroup, device: torch.device, timeo
     return f"inference_shardformer/{bytes(name.tolist()).hex()}"
 
 
-def _closed() -> dist.ProcessGroup:
+def _closed() -> NoReturn:
     raise StateError(
         "this tensor-parallel group is closed", remedy="collectives are legal only before close() or a failure"
     )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 
 from inference_shardformer.attention.base import AttentionBackend, AttentionSpec
+from inference_shardformer.attention.block_size import USUAL_BLOCK_SIZE, choose_block_size
+from inference_shardformer.attention.groups import LayerGroups
 from inference_shardformer.attention.selector import Selection, Verdict, build, judge
-from inference_shardformer.attention.survey import BACKENDS, BackendRegistry, make_survey
+from inference_shardformer.attention.survey import BACKENDS, BackendRegistry, Survey, make_survey
 from inference_shardformer.config.loader import MergedConfig, merge_layers
 from inference_shardformer.config.resolved import TORCH_DTYPES
 from inference_shardformer.config.sources import Layers
@@ -19,36 +22,34 @@ from inference_shardformer.doctor.report import AttentionReport, BackendReport, 
 from inference_shardformer.errors import InferenceShardformerError
 from inference_shardformer.huggingface import read_model
 from inference_shardformer.policies.registry import policy_for
-from inference_shardformer.resolving.options import chosen_options
+from inference_shardformer.resolving.examination import layer_groups
+from inference_shardformer.resolving.options import bind_policy, chosen_options
 from inference_shardformer.resolving.presets import with_preset
-from inference_shardformer.resolving.resolution import resolve_dtype
 from inference_shardformer.sharding.plan import RankLayout
 from inference_shardformer.tuning.selecting import select_backend
 
-# Heads of a common LLaMA of eight billion parameters.
-_HEADS, _KV_HEADS, _HEAD_DIM = 32, 8, 128
+# A common LLaMA of eight billion parameters.
+_LAYERS, _HEADS, _KV_HEADS, _HEAD_DIM = 32, 32, 8, 128
 
 
 class Wanted(NamedTuple):
-    """What the backends are to serve: the spec, the settings, and what the spec describes, in words."""
+    """What the backends are to serve: the specs of the layers, the settings, and what is described, in words."""
 
     of: str
-    spec: AttentionSpec
+    groups: LayerGroups
     merged: MergedConfig
 
 
 def wanted_by_model(model: str, layers: Layers, layout: RankLayout, device: torch.device) -> Wanted:
-    """The spec of one rank of a model. Raises what is wrong with the model, or with its split over the ranks."""
+    """The specs of one rank of a model. Raises what is wrong with the model, or with its split over the ranks."""
     trust = merge_layers(layers).inference.weights.trust_remote_code
     source = read_model(model, None, trust_remote_code=trust)
-    policy = policy_for(source.architecture)
+    policy = bind_policy(policy_for(source.architecture), merge_layers(layers))
     facts = policy.facts(source.hf_config)
     policy.check_tp_size(facts, layout.tp_size)
     merged = merge_layers(with_preset(layers, policy, facts))
-    dtype = TORCH_DTYPES[resolve_dtype(merged.inference, facts).value]
-    block_size = merged.inference.cache.block_size
-    spec = policy.attention_spec(facts, layout, dtype=dtype, device=device, block_size=block_size)
-    return Wanted(f"{model} ({facts.architecture}) on {_ranks(layout.tp_size)}", spec, merged)
+    groups = layer_groups(policy, facts, merged, layout, device, cache(partial(make_survey, device)))
+    return Wanted(f"{model} ({facts.architecture}) on {_ranks(layout.tp_size)}", groups, merged)
 
 
 def wanted_usually(layers: Layers, layout: RankLayout, device: torch.device) -> Wanted:
@@ -56,31 +57,47 @@ def wanted_usually(layers: Layers, layout: RankLayout, device: torch.device) -> 
     merged = merge_layers(layers)
     name = "bf16" if merged.inference.dtype == "auto" else merged.inference.dtype
     kv_heads = max(1, _KV_HEADS // layout.tp_size)
-    spec = AttentionSpec(
+    usual = AttentionSpec(
         num_heads=kv_heads * (_HEADS // _KV_HEADS),
         num_kv_heads=kv_heads,
         head_dim=_HEAD_DIM,
         scale=_HEAD_DIM**-0.5,
         dtype=TORCH_DTYPES[name],
         device=device,
-        block_size=merged.inference.cache.block_size,
+        block_size=USUAL_BLOCK_SIZE,
     )
-    return Wanted(f"a LLaMA of 8 billion parameters on {_ranks(layout.tp_size)} (--model names yours)", spec, merged)
+
+    def groups_of(block_size: int) -> LayerGroups:
+        return LayerGroups.of([replace(usual, block_size=block_size)] * _LAYERS)
+
+    asked = merged.inference.cache.block_size
+    if asked == "auto":
+        asked = choose_block_size(merged.inference.attention.backend, groups_of, make_survey(device))
+    of = f"a LLaMA of 8 billion parameters on {_ranks(layout.tp_size)} (--model names yours)"
+    return Wanted(of, groups_of(asked), merged)
 
 
-def examine_attention(wanted: Wanted, registry: BackendRegistry = BACKENDS) -> AttentionReport:
-    """Judge every candidate, select as an engine would, and let the winner prove itself. Raises nothing of its own."""
-    requested = wanted.merged.inference.attention.backend
-    survey = make_survey(wanted.spec.device, registry)
+def examine_attention(wanted: Wanted, registry: BackendRegistry = BACKENDS) -> tuple[AttentionReport, ...]:
+    """For each group of layers, judge every candidate, select as an engine would, and let the winner prove itself.
+
+    Raises nothing of its own.
+    """
+    survey = make_survey(wanted.groups.specs[0].device, registry)
+    return tuple(_examine(wanted, group, survey, registry) for group in range(len(wanted.groups.specs)))
+
+
+def _examine(wanted: Wanted, group: int, survey: Survey, registry: BackendRegistry) -> AttentionReport:
+    attention, spec = wanted.merged.inference.attention, wanted.groups.specs[group]
     selection: Selection | None = None
     try:
-        selection = select_backend(wanted.spec, wanted.merged.inference.attention, survey)
-        proof = _prove(selection, wanted, registry)
+        selection = select_backend(spec, attention, survey)
+        proof = _prove(selection, spec, wanted.merged, registry)
     except InferenceShardformerError as exc:
         proof = ProofReport("not run", exc.message, exc.remedy)
-    verdicts = judge(wanted.spec, survey)
     chosen = selection.name if selection else None
-    return AttentionReport(wanted.of, described(wanted.spec), requested, _backends(verdicts, chosen), proof)
+    is_alone = len(wanted.groups.specs) == 1
+    of = wanted.of if is_alone else f"{wanted.groups.named(group)} of {wanted.of}"
+    return AttentionReport(of, described(spec), attention.backend, _backends(judge(spec, survey), chosen), proof)
 
 
 def described(spec: AttentionSpec) -> dict[str, str]:
@@ -89,11 +106,11 @@ def described(spec: AttentionSpec) -> dict[str, str]:
     return {name: str(value).removeprefix("torch.") for name, value in shown.items() if value not in (None, False)}
 
 
-def _prove(selection: Selection, wanted: Wanted, registry: BackendRegistry) -> ProofReport:
+def _prove(selection: Selection, spec: AttentionSpec, merged: MergedConfig, registry: BackendRegistry) -> ProofReport:
     began = time.perf_counter()
     try:
-        options = chosen_options(wanted.merged, selection.name, registry).typed
-        backend: AttentionBackend = build(selection, wanted.spec, registry, options=options)
+        options = chosen_options(merged, selection.name, registry).typed
+        backend: AttentionBackend = build(selection, spec, registry, options=options)
     except InferenceShardformerError as exc:
         return ProofReport("failed", exc.message, exc.remedy)
     seconds = time.perf_counter() - began

@@ -9,12 +9,13 @@ from typing import NamedTuple
 import torch
 
 from inference_shardformer.attention.survey import BACKENDS, BackendRegistry
+from inference_shardformer.bridges.colossalai.status import bridge_status
 from inference_shardformer.config.loader import merge_layers
 from inference_shardformer.config.sources import Layers
 from inference_shardformer.distributed.environment import RankEnvironment
 from inference_shardformer.doctor import machine
 from inference_shardformer.doctor.attention import examine_attention, wanted_by_model, wanted_usually
-from inference_shardformer.doctor.report import CpuUse, RankReport
+from inference_shardformer.doctor.report import BridgeReport, CpuUse, RankReport
 from inference_shardformer.errors import EnvironmentMismatchError
 from inference_shardformer.probing.collect import collect_facts
 from inference_shardformer.resolving.resolution import resolve_device, resolve_threads
@@ -40,8 +41,9 @@ def collect_report(layers: Layers, model: str | None, registry: BackendRegistry 
         wanted = wanted_usually(layers, layout, place.device)
     else:
         wanted = wanted_by_model(model, layers, layout, place.device)
-    attention = examine_attention(wanted, registry)
+    attention, *others = examine_attention(wanted, registry)
     threads, reason = resolve_threads(shard, env.local_world_size)
+    native = machine.native_kernels()  # before the OpenMP runtimes are counted
     return RankReport(
         rank=env.rank,
         world_size=env.world_size,
@@ -54,11 +56,14 @@ def collect_report(layers: Layers, model: str | None, registry: BackendRegistry 
         cpu_use=CpuUse(
             machine.num_cores(), machine.core_quota(), threads, reason or "as asked", machine.openmp_runtimes()
         ),
+        native=native,
         memory=machine.memory(),
         environment=machine.environment(os.environ),
         plugins={name: origin for name in registry.names() if not _is_ours(origin := registry.origin(name))},
         attention=attention,
+        other_layers=tuple(others),
         problems=place.problems,
+        bridge=None if (bridge := bridge_status()) is None else BridgeReport(*bridge),
     )
 
 

@@ -13,6 +13,7 @@ _EXPECTED = (
     *("rank", "device", "environment.RANK", "environment.LOCAL_RANK", "memory.available"),
     *("attention.spec.device", "attention.proof.seconds", "cpu_use.openmp"),
 )
+_OF_A_GROUP = (".spec.device", ".proof.seconds")
 _ABSENT = "absent"
 
 
@@ -39,15 +40,21 @@ def differences(reports: Sequence[RankReport]) -> tuple[Difference, ...]:
     found = []
     for path in paths:
         values = {rank: leaves.get(path, _ABSENT) for rank, leaves in flat.items()}
-        is_expected = path in _EXPECTED or (several_hosts and path == "hostname")
-        if len(set(values.values())) > 1 and not is_expected:
+        if len(set(values.values())) > 1 and not _is_expected(path, several_hosts=several_hosts):
             found.append(Difference(path, values))
     return tuple(found)
 
 
+def _is_expected(path: str, *, several_hosts: bool) -> bool:
+    if path.startswith("other_layers."):
+        return path.endswith(_OF_A_GROUP)
+    return path in _EXPECTED or (several_hosts and path == "hostname")
+
+
 def warnings_of(reports: Sequence[RankReport]) -> tuple[str, ...]:
     """One line for each thing that works and should be looked at, the same line for all ranks once."""
-    lines = [line for report in reports for line in (*_thread_warnings(report), *_library_warnings(report))]
+    kinds = (_thread_warnings, _library_warnings, _native_warnings)
+    lines = [line for report in reports for warnings in kinds for line in warnings(report)]
     return tuple(dict.fromkeys(lines))
 
 
@@ -82,11 +89,24 @@ def _library_warnings(report: RankReport) -> Iterator[str]:
         yield "this torch has neither gloo nor nccl: ranks cannot form a process group; install another build of torch"
 
 
+def _native_warnings(report: RankReport) -> Iterator[str]:
+    native = report.native
+    if report.device != "cpu":
+        return
+    if native.problem is not None:
+        yield f"the native CPU kernels are not used: {native.problem.message}; to use them, {native.problem.remedy}"
+    elif native.is_stale:
+        yield f"{native.path} was built from other sources: run python -m inference_shardformer.kernels.cpu.build"
+
+
 def _leaves(value: object, path: str = "") -> Iterator[tuple[str, str]]:
     """Every leaf of a JSON value with its path; lists of objects with names are keyed by those."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _leaves(inner, f"{path}.{name}" if path else name)
+    elif isinstance(value, list) and value and all(isinstance(item, dict) and "of" in item for item in value):
+        for item in value:
+            yield from _leaves(item, f"{path}.{item['of']}")
     elif isinstance(value, list) and value and all(isinstance(item, dict) and "name" in item for item in value):
         for item in value:
             yield from _leaves({k: v for k, v in item.items() if k != "name"}, f"{path}.{item['name']}")

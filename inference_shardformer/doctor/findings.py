@@ -24,11 +24,9 @@ class Findings:
 
     @property
     def can_serve(self) -> bool:
-        """Whether every rank is there and has a backend that can serve, and all of them the same one."""
-        chosen = {
-            each.name for report in self.reports for each in report.attention.backends if each.verdict == "chosen"
-        }
-        all_proven = all(report.attention.can_serve for report in self.reports)
+        """Whether every rank is there and has backends that can serve all layers, and all of them the same ones."""
+        chosen = {report.chosen for report in self.reports}
+        all_proven = all(each.can_serve for report in self.reports for each in report.layers)
         return bool(self.reports) and not self.missing and all_proven and len(chosen) == 1
 
     @property

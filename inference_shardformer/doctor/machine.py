@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from inference_shardformer.doctor.report import Memory
+from inference_shardformer.doctor.report import Memory, NativeReport, ReasonReport
+from inference_shardformer.kernels.cpu.library import native_status
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MAPS = Path("/proc/self/maps")
@@ -63,6 +64,13 @@ def memory(folder: Path = _CGROUP) -> Memory:
     except OSError:
         text = "max"
     return Memory(int(seen.total), int(seen.available), None if text == "max" else int(text))
+
+
+def native_kernels() -> NativeReport:
+    """The library of native CPU kernels, loaded if it can be."""
+    status = native_status()
+    problem = None if status.problem is None else ReasonReport(*status.problem)
+    return NativeReport(status.path, status.isa_level, status.isa_levels, status.is_stale, problem)
 
 
 def openmp_runtimes(maps: Path = _MAPS) -> tuple[str, ...]:

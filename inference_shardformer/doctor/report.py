@@ -92,6 +92,19 @@ class CpuUse:
 
 
 @dataclass(frozen=True)
+class NativeReport:
+    """The library of native CPU kernels: `problem` says why there is none, else the levels are set, lowest first."""
+
+    __pydantic_config__ = _EXACT
+
+    path: str
+    isa_level: str = ""  # the one in use
+    isa_levels: tuple[str, ...] = ()
+    is_stale: bool = False  # its sources have changed since it was built
+    problem: ReasonReport | None = None
+
+
+@dataclass(frozen=True)
 class Memory:
     """Main memory in bytes. `limit` is that of the control group."""
 
@@ -103,8 +116,20 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class BridgeReport:
+    """ColossalAI beside us: what it lacks, and the defects of its that the bridge works around while it shards."""
+
+    __pydantic_config__ = _EXACT
+
+    version: str
+    missing: tuple[str, ...] = ()
+    mended: tuple[str, ...] = ()
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
 class RankReport:
-    """One rank."""
+    """One rank. `attention` is for the first layer and those like it, `other_layers` for each other group of layers."""
 
     __pydantic_config__ = _EXACT
 
@@ -117,11 +142,24 @@ class RankReport:
     device: str
     device_reason: str
     cpu_use: CpuUse
+    native: NativeReport
     memory: Memory
     environment: Mapping[str, str]
     plugins: Mapping[str, str]
     attention: AttentionReport
+    other_layers: tuple[AttentionReport, ...] = ()
     problems: tuple[str, ...] = ()
+    bridge: BridgeReport | None = None  # where ColossalAI is installed
+
+    @property
+    def layers(self) -> tuple[AttentionReport, ...]:
+        """The reports for all groups of layers."""
+        return (self.attention, *self.other_layers)
+
+    @property
+    def chosen(self) -> tuple[str | None, ...]:
+        """The backend of each group of layers; `None` for a group without one."""
+        return tuple(each.chosen for each in self.layers)
 
     def to_json(self) -> str:
         """One line of JSON."""

@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from inference_shardformer.attention.switch import BackendSwitch, PreparedBackend
+from inference_shardformer.attention.switch import BackendSwitch, PreparedBackends
+from inference_shardformer.attention.verdicts import from_bytes, to_bytes
 from inference_shardformer.config.store import ConfigStore
 from inference_shardformer.config.transactions import plan_decision
 from inference_shardformer.distributed.records import Outcome, error_of_phase
@@ -42,8 +43,9 @@ class BackendChange:
 class BackendSwitches:
     """Takes switches in between two steps, and settles them at the boundary. Its owner holds the engine's lock.
 
-    Two phases, and after each all ranks tell each other how it went: every rank prepares (chooses, constructs, proves,
-    converts the cache), then every rank binds. One failure, in either, leaves all of them on what served before.
+    Two phases, and after each all ranks tell each other how it went: every rank prepares (chooses, constructs and
+    proves for all groups of layers, converts the cache), then every rank binds. One failure, in either, leaves all of
+    them on what served before.
     """
 
     def __init__(
@@ -112,17 +114,19 @@ class BackendSwitches:
         change.error = self._agree(failure)
         if change.error is not None or prepared is None:
             return
-        before = PreparedBackend(self._runner.backend, self._runner.kv_cache, self._known().selection)
+        known = self._known()
+        before = PreparedBackends(known.attention, self._runner.kv_cache, known.selections)
         change.error = self._agree(self._bind(prepared))
         if change.error is not None:
-            self._known().bind(before.backend, before.selection)
-            self._runner.bind(before.backend, before.kv_cache)
+            known.bind(before.attention, before.selections)
+            self._runner.bind(before.attention, before.kv_cache)
             return
+        known.rank_verdicts = tuple(map(from_bytes, self._group.all_gather_bytes(to_bytes(known.verdicts()))))
         self._updates.make_way()
         self._store.decide(_PATH, change.name, source=_SOURCE)
         change.is_done = True
 
-    def _prepare(self, name: str) -> tuple[PreparedBackend | None, InferenceShardformerError | None]:
+    def _prepare(self, name: str) -> tuple[PreparedBackends | None, InferenceShardformerError | None]:
         """What this rank has ready, or why it has not."""
         try:
             plan_decision(self._store.current, _PATH, name, _SOURCE)
@@ -130,12 +134,12 @@ class BackendSwitches:
         except Exception as exc:  # noqa: BLE001 - the boundary at which a failure of one rank becomes a refusal by all
             return None, _typed(exc, f"attention backend {name!r} could not be prepared")
 
-    def _bind(self, prepared: PreparedBackend) -> InferenceShardformerError | None:
+    def _bind(self, prepared: PreparedBackends) -> InferenceShardformerError | None:
         try:
-            self._known().bind(prepared.backend, prepared.selection)
-            self._runner.bind(prepared.backend, prepared.kv_cache)
+            self._known().bind(prepared.attention, prepared.selections)
+            self._runner.bind(prepared.attention, prepared.kv_cache)
         except Exception as exc:  # noqa: BLE001 - as above
-            return _typed(exc, f"attention backend {prepared.backend.name!r} could not be bound")
+            return _typed(exc, f"attention backend {' + '.join(prepared.attention.names)} could not be bound")
         return None
 
     def _agree(self, failure: InferenceShardformerError | None) -> InferenceShardformerError | None:

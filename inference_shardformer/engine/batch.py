@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,9 +25,21 @@ class ForwardBatch:
 
 
 def build_batch(
-    output: SchedulerOutput, *, block_size: int, device: torch.device, with_rope_lengths: bool = False
+    output: SchedulerOutput,
+    *,
+    block_size: int,
+    device: torch.device,
+    with_rope_lengths: bool = False,
+    num_padding: int = 0,
 ) -> ForwardBatch:
-    """Pack a scheduled step: one host buffer for each integer width, and one copy of it to a device."""
+    """Pack a scheduled step: one host buffer for each integer width, and one copy of it to a device.
+
+    `num_padding` copies of its last sequence follow the others. They have logits, and no request to sample.
+    """
+    num_requests = len(output.scheduled)
+    if num_padding:
+        scheduled = output.scheduled + output.scheduled[-1:] * num_padding
+        output = replace(output, scheduled=scheduled, num_decodes=output.num_decodes + num_padding)
     tokens = _pack_tokens(output, block_size, with_rope_lengths)
     query_lens = [num_new_tokens for _, num_new_tokens in output.scheduled]
     seq_lens = [request.num_computed_tokens + num_new_tokens for request, num_new_tokens in output.scheduled]
@@ -49,7 +61,7 @@ def build_batch(
             num_decodes=output.num_decodes,
         ),
         logits_indices=wide[end_of_positions + num_tokens :],
-        requests_to_sample=tokens.requests_to_sample,
+        requests_to_sample=tokens.requests_to_sample[:num_requests],
     )
 
 

@@ -13,7 +13,14 @@ from inference_shardformer.config.store import ConfigStore
 from inference_shardformer.engine.backend_switch import BackendSwitches
 from inference_shardformer.engine.batch import build_batch
 from inference_shardformer.engine.detokenizer import RequestText, Tokenizer
-from inference_shardformer.engine.events import AddRequest, Event, EventExchange, SwitchBackend, UpdateConfig
+from inference_shardformer.engine.events import (
+    AddRequest,
+    Event,
+    EventExchange,
+    SwitchBackend,
+    UpdateConfig,
+    UpdateWeights,
+)
 from inference_shardformer.engine.intake import Intake
 from inference_shardformer.engine.live_updates import LiveUpdates
 from inference_shardformer.engine.model_runner import ModelRunner
@@ -21,6 +28,7 @@ from inference_shardformer.engine.outputs import StepStats
 from inference_shardformer.engine.request import FinishReason, Request
 from inference_shardformer.engine.sampler import NOT_FINITE, NOTHING_LEFT, Sampler
 from inference_shardformer.engine.scheduler import Scheduler, SchedulerOutput
+from inference_shardformer.engine.weight_updates import WeightUpdates
 from inference_shardformer.errors import RequestError
 
 
@@ -66,11 +74,13 @@ class EngineCore:
         config: ConfigStore,
         updates: LiveUpdates,
         switches: BackendSwitches,
+        weights: WeightUpdates,
         guard: StepGuard,
         device: torch.device,
         eos_token_ids: tuple[int, ...],
         tokenizer: Tokenizer | None,
         with_rope_lengths: bool,
+        rope_switch_length: int | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.exchange = exchange
@@ -80,6 +90,7 @@ class EngineCore:
         self._config = config
         self._updates = updates
         self.switches = switches
+        self.weights = weights
         self._runner = runner
         self._sampler = sampler
         self._guard = guard
@@ -87,6 +98,7 @@ class EngineCore:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._tokenizer = tokenizer
         self._with_rope_lengths = with_rope_lengths
+        self._rope_switch_length = rope_switch_length
         self._finished: list[LiveRequest] = []
 
     @property
@@ -111,6 +123,7 @@ class EngineCore:
             self._apply(event)
         self._updates.drop_unshared()
         self.switches.drop_unshared()
+        self.weights.drop_unshared()
 
     def take_finished(self) -> list[LiveRequest]:
         """The requests that ended since the last call."""
@@ -133,6 +146,9 @@ class EngineCore:
         elif isinstance(event, SwitchBackend):
             with self._guard.step("backend switch"):
                 self.switches.settle(event)
+        elif isinstance(event, UpdateWeights):
+            with self._guard.step("weight update"):
+                self.weights.settle()
         elif event.request_id in self.live:
             self._end(self.live[event.request_id], "abort")
 
@@ -150,6 +166,7 @@ class EngineCore:
             prompt=event.prompt,
             index=event.index,
             config_epoch=snapshot.epoch,
+            rope_switch_length=self._rope_switch_length,
         )
         text = RequestText(self._tokenizer, request.token_ids, start=request.num_prompt_tokens, sampling=sampling)
         live = self.live[event.request_id] = LiveRequest(request, text)
@@ -166,6 +183,7 @@ class EngineCore:
                 block_size=self.scheduler.block_size,
                 device=self._device,
                 with_rope_lengths=self._with_rope_lengths,
+                num_padding=self._runner.num_padding(output.num_decodes, len(output.scheduled)),
             )
             logits = self._runner.run(batch)
             token_ids = self._sampler.sample(logits, batch.requests_to_sample)
@@ -181,7 +199,7 @@ class EngineCore:
                 request.error = _no_token(request, token_id)
                 self._end(live, "abort")
                 continue
-            request.token_ids.append(token_id)
+            request.append(token_id)
             advanced.append((live, token_id))
             self._end_if_complete(live, token_id)
         return advanced

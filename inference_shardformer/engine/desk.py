@@ -12,6 +12,7 @@ from inference_shardformer.engine.events import AbortRequest, AddRequest
 from inference_shardformer.engine.intake import Intake, Prompt, ValidPrompt
 from inference_shardformer.engine.outputs import RequestOutput, StepStats
 from inference_shardformer.engine.sampling_params import SamplingParams
+from inference_shardformer.engine.weight_updates import Weights, WeightUpdate
 from inference_shardformer.errors import RequestError
 
 
@@ -68,6 +69,10 @@ class RequestDesk:
     def switch_backend(self, name: str) -> BackendChange:
         """Ask for another attention backend."""
         return self._core.switches.request(name)
+
+    def update_weights(self, weights: Weights) -> WeightUpdate:
+        """Ask for new weights."""
+        return self._core.weights.request(weights)
 
     def abort(self, request_id: str) -> bool:
         """End a request early; False if it is unknown or has finished."""

@@ -9,6 +9,7 @@ from hashlib import blake2b
 import torch
 
 from inference_shardformer.engine.sampling_params import ResolvedSampling
+from inference_shardformer.engine.staging import staged
 
 
 def probabilities(logits: torch.Tensor, samplings: Sequence[ResolvedSampling]) -> torch.Tensor:
@@ -17,8 +18,8 @@ def probabilities(logits: torch.Tensor, samplings: Sequence[ResolvedSampling]) -
     As in Hugging Face: divide by the temperature, keep the `top_k` likeliest (and those equal to the last of them),
     then the fewest whose probability reaches `top_p`, at least one.
     """
-    temperatures = logits.new_tensor([[sampling.temperature] for sampling in samplings])
-    scores = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures
+    temperatures = staged([sampling.temperature for sampling in samplings], logits.dtype, logits.device)
+    scores = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures.unsqueeze(-1)
     _drop_beyond_top_k(scores, [sampling.top_k for sampling in samplings])
     _drop_beyond_top_p(scores, [sampling.top_p for sampling in samplings])
     return scores.softmax(dim=-1)
@@ -30,7 +31,7 @@ def draw(probs: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
     A row's result depends on that row alone, and tokens of probability 0 are never drawn.
     """
     cumulative = probs.double().cumsum(dim=-1)
-    thresholds = cumulative.new_tensor(uniforms).unsqueeze(-1) * cumulative[:, -1:]
+    thresholds = staged(uniforms, torch.float64, probs.device).unsqueeze(-1) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, thresholds, right=True).squeeze(-1)
 
 
@@ -52,20 +53,22 @@ def _drop_beyond_top_k(scores: torch.Tensor, top_ks: Sequence[int]) -> None:
     if not rows:
         return
     kept = [top_ks[row] for row in rows]
-    chosen = scores[rows]
-    last_rank = torch.tensor(kept, device=scores.device).unsqueeze(-1) - 1
+    places = staged(rows, torch.int64, scores.device)
+    chosen = scores[places]
+    last_rank = staged(kept, torch.int64, scores.device).unsqueeze(-1) - 1
     last_kept = chosen.topk(max(kept), dim=-1).values.gather(-1, last_rank)
-    scores[rows] = chosen.masked_fill(chosen < last_kept, -torch.inf)
+    scores[places] = chosen.masked_fill(chosen < last_kept, -torch.inf)
 
 
 def _drop_beyond_top_p(scores: torch.Tensor, top_ps: Sequence[float]) -> None:
     rows = [row for row, top_p in enumerate(top_ps) if top_p < 1.0]
     if not rows:
         return
-    chosen = scores[rows]
-    limits = torch.tensor([[top_ps[row]] for row in rows], dtype=torch.float64, device=scores.device)
+    places = staged(rows, torch.int64, scores.device)
+    chosen = scores[places]
+    limits = staged([top_ps[row] for row in rows], torch.float64, scores.device).unsqueeze(-1)
     ordered, order = chosen.sort(dim=-1, descending=True, stable=True)
     probs = ordered.softmax(dim=-1).double()
     likelier = probs.cumsum(dim=-1) - probs  # probability of everything before a token
     dropped = torch.zeros_like(chosen, dtype=torch.bool).scatter(-1, order, likelier >= limits)
-    scores[rows] = chosen.masked_fill(dropped, -torch.inf)
+    scores[places] = chosen.masked_fill(dropped, -torch.inf)

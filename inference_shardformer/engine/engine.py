@@ -5,36 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Literal, Protocol
+from typing import Literal
 from weakref import WeakMethod
 
-from inference_shardformer.attention.base import AttentionBackend
 from inference_shardformer.attention.switch import BackendSwitch
 from inference_shardformer.config.model import ModelFacts
 from inference_shardformer.config.resolved import ResolvedConfig
-from inference_shardformer.config.store import ConfigStore
-from inference_shardformer.engine.backend_switch import BackendChange, BackendSwitches
+from inference_shardformer.engine.assembly import EngineGroup, assemble
+from inference_shardformer.engine.backend_switch import BackendChange
 from inference_shardformer.engine.calls import Call, summary
 from inference_shardformer.engine.core import EngineCore, StepGuard
 from inference_shardformer.engine.desk import RequestDesk
 from inference_shardformer.engine.detokenizer import Tokenizer
-from inference_shardformer.engine.events import ByteGroup, EventExchange
 from inference_shardformer.engine.fair_lock import FairLock
-from inference_shardformer.engine.intake import Intake, Prompt, ValidPrompt, pair_prompts
+from inference_shardformer.engine.graphs import decode_graphs
+from inference_shardformer.engine.intake import Prompt, ValidPrompt, pair_prompts
 from inference_shardformer.engine.live_config import LiveConfig
-from inference_shardformer.engine.live_updates import ConfigUpdate, LiveUpdates
-from inference_shardformer.engine.model_runner import CausalModel, ModelRunner
+from inference_shardformer.engine.live_updates import ConfigUpdate
+from inference_shardformer.engine.model_runner import AttentionPlanner, CausalModel, ModelRunner
 from inference_shardformer.engine.outputs import RequestOutput, StepStats, StreamChunk
-from inference_shardformer.engine.sampler import Sampler, TensorGroup
 from inference_shardformer.engine.sampling_params import SamplingParams
-from inference_shardformer.engine.scheduler import Scheduler
+from inference_shardformer.engine.weight_stream import WeightWriter
+from inference_shardformer.engine.weight_updates import Weights
 from inference_shardformer.errors import EnvironmentMismatchError, RankFailure, RequestError, StateError
-from inference_shardformer.kv_cache.block_allocator import BlockAllocator
 from inference_shardformer.kv_cache.cache import PagedKVCache
-
-
-class EngineGroup(ByteGroup, TensorGroup, Protocol):
-    """The collectives the engine uses."""
 
 
 class InferenceEngine:
@@ -51,55 +45,37 @@ class InferenceEngine:
         *,
         facts: ModelFacts,
         config: ResolvedConfig,
-        backend: AttentionBackend,
+        attention: AttentionPlanner,
         kv_cache: PagedKVCache,
         group: EngineGroup,
         guard: StepGuard,
         vocab_range: tuple[int, int],
         tokenizer: Tokenizer | None = None,
         switch: BackendSwitch | None = None,
+        weights: WeightWriter | None = None,
     ) -> None:
-        num_blocks, block_size = kv_cache.num_blocks, kv_cache.spec.block_size
         self.facts = facts
         self.tokenizer = tokenizer
-        self._runner: ModelRunner | None = ModelRunner(model, backend=backend, kv_cache=kv_cache)
+        graphs = decode_graphs(config, group.device)
+        self._runner: ModelRunner | None = ModelRunner(model, attention=attention, kv_cache=kv_cache, graphs=graphs)
         self._lock = FairLock()
         self._state: Literal["ready", "failed", "closed"] = "ready"
         self._is_alone = group.size == 1
-        self._store = ConfigStore(config)
-        self.config = LiveConfig(self._store, WeakMethod(self.update_config))
-        intake = Intake(
-            facts=facts, config=self._store, num_blocks=num_blocks, block_size=block_size, tokenizer=tokenizer
-        )
-        guard.agree("create the engine", intake.limits())
-        exchange = EventExchange(group)
-        self._updates = LiveUpdates(self._store, group, exchange)
-        scheduler = Scheduler(BlockAllocator(num_blocks), block_size=block_size)
-        switches = BackendSwitches(
-            switch,
-            runner=self._runner,
-            store=self._store,
-            updates=self._updates,
+        parts = assemble(
+            self._runner,
+            facts=facts,
+            config=config,
             group=group,
-            exchange=exchange,
-            blocks_in_use=lambda: scheduler.blocks_in_use,
-        )
-        self._core: EngineCore | None = EngineCore(
-            runner=self._runner,
-            sampler=Sampler(group, vocab_range),
-            scheduler=scheduler,
-            exchange=exchange,
-            intake=intake,
-            config=self._store,
-            updates=self._updates,
-            switches=switches,
             guard=guard,
-            device=group.device,
-            eos_token_ids=facts.eos_token_ids,
+            vocab_range=vocab_range,
             tokenizer=tokenizer,
-            with_rope_lengths=facts.length_dependent_rope,
+            switch=switch,
+            weights=weights,
         )
-        self._desk: RequestDesk | None = RequestDesk(self._core, intake, is_alone=self._is_alone)
+        self._store, self._updates = parts.store, parts.updates
+        self._core: EngineCore | None = parts.core
+        self._desk: RequestDesk | None = parts.desk
+        self.config = LiveConfig(self._store, WeakMethod(self.update_config))
 
     @property
     def kv_cache(self) -> PagedKVCache:
@@ -208,6 +184,30 @@ class InferenceEngine:
         with self._lock:
             self._refuse_in_callback("switch_backend()")
             return self._ready("switch_backend()").switch_backend(name)
+
+    def update_weights(self, weights: Weights) -> int:
+        """Exchange weights in place, between two steps and on every rank; returns how many tensors were stored.
+
+        `weights` are whole tensors by the names of the unsharded Hugging Face model, all of them or some: a mapping,
+        checked as a whole before anything changes, or an iterator of pairs, of which one is held at a time. Every rank
+        brings the same and cuts its own part; or rank 0 alone does, the others step(), and each tensor is sent to them.
+        With several ranks this runs one step. Keys and values that running requests have cached stay as they are.
+
+        Raises `CheckpointError` where the weights are refused: nothing has changed then. What fails later ends the
+        engine on all ranks with the same `RankFailure`.
+        """
+        with self._lock:
+            self._refuse_in_callback("update_weights()")
+            try:
+                update = self._ready("update_weights()").update_weights(weights)
+            except RankFailure:
+                self._state = "failed"
+                raise
+            if not self._is_alone:
+                self._run_step("update_weights()")
+            if update.error is not None:
+                raise update.error
+            return update.num_tensors
 
     def has_unfinished(self) -> bool:
         """Whether `step()` has anything left to do or to hand out."""

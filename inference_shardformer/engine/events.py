@@ -45,7 +45,13 @@ class SwitchBackend:
     name: str
 
 
-Event = AddRequest | AbortRequest | UpdateConfig | SwitchBackend
+@dataclass(frozen=True)
+class UpdateWeights:
+    """New weights arrive, on every rank or on none. The weights themselves travel apart."""
+
+
+Event = AddRequest | AbortRequest | UpdateConfig | SwitchBackend | UpdateWeights
+_OWN = UpdateConfig | SwitchBackend | UpdateWeights  # asked for by rank 0 alone
 
 
 class Delivery(NamedTuple):
@@ -78,8 +84,8 @@ class EventExchange:
     """Collects the local calls between two steps and replaces them by those of rank 0.
 
     Ranks above 0 may make the same calls as rank 0, which is checked, or none, and follow. Updates of the configuration
-    and switches of the backend are posted on rank 0 alone and not compared: what another rank asks for is nothing but
-    a wish.
+    and of the weights, and switches of the backend, are posted on rank 0 alone and not compared: what another rank asks
+    for is nothing but a wish.
     """
 
     def __init__(self, group: ByteGroup) -> None:
@@ -110,9 +116,7 @@ class EventExchange:
     def forget(self, request_ids: set[str]) -> None:
         """Drop the local calls about these requests."""
         self._pending = [
-            event
-            for event in self._pending
-            if isinstance(event, UpdateConfig | SwitchBackend) or event.request_id not in request_ids
+            event for event in self._pending if isinstance(event, _OWN) or event.request_id not in request_ids
         ]
         self._pending_adds -= request_ids
 
@@ -148,7 +152,13 @@ def decode_events(payload: bytes) -> list[Event]:
     return [_decode(record) for record in json.loads(payload)]
 
 
-_NAMES: dict[type, str] = {AddRequest: "add", AbortRequest: "abort", UpdateConfig: "configure", SwitchBackend: "switch"}
+_NAMES: dict[type, str] = {
+    AddRequest: "add",
+    AbortRequest: "abort",
+    UpdateConfig: "configure",
+    SwitchBackend: "switch",
+    UpdateWeights: "weights",
+}
 
 
 def _decode(record: dict) -> Event:
@@ -159,12 +169,14 @@ def _decode(record: dict) -> Event:
         return UpdateConfig(**record)
     if kind == "switch":
         return SwitchBackend(**record)
+    if kind == "weights":
+        return UpdateWeights()
     params = SamplingParams(**record.pop("params"))
     return AddRequest(prompt_token_ids=tuple(record.pop("prompt_token_ids")), params=params, **record)
 
 
 def _about_requests(events: Sequence[Event]) -> list[Event]:
-    return [event for event in events if not isinstance(event, UpdateConfig | SwitchBackend)]
+    return [event for event in events if not isinstance(event, _OWN)]
 
 
 def _diverged(ranks: list[int]) -> EnvironmentMismatchError:

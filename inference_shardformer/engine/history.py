@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from inference_shardformer.engine.request import Request
+from inference_shardformer.engine.staging import staged
 
 
 def look_back(logits: torch.Tensor, requests: Sequence[Request]) -> None:
@@ -20,8 +21,8 @@ def look_back(logits: torch.Tensor, requests: Sequence[Request]) -> None:
         if sampling.repetition_penalty != 1.0:
             _penalise(row, request.token_ids, sampling.repetition_penalty)
         if sampling.no_repeat_ngram_size:
-            banned = completing_tokens(request.token_ids, sampling.no_repeat_ngram_size)
-            row[torch.from_numpy(banned).to(row.device)] = -torch.inf
+            banned = completing_tokens(request.token_ids, sampling.no_repeat_ngram_size).tolist()
+            row[staged(banned, torch.int64, row.device)] = -torch.inf
 
 
 def completing_tokens(token_ids: Sequence[int], size: int) -> np.ndarray:
@@ -37,6 +38,6 @@ def completing_tokens(token_ids: Sequence[int], size: int) -> np.ndarray:
 
 
 def _penalise(row: torch.Tensor, token_ids: Sequence[int], penalty: float) -> None:
-    seen = torch.tensor(token_ids, dtype=torch.int64, device=row.device).unique()
+    seen = staged(token_ids, torch.int64, row.device)  # a token that is met twice is written twice, with one value
     scores = row[seen]
     row[seen] = torch.where(scores < 0, scores * penalty, scores / penalty)

@@ -6,8 +6,9 @@ from typing import Protocol
 
 import torch
 
-from inference_shardformer.attention.base import AttentionBackend, AttentionMetadata
+from inference_shardformer.attention.base import AttentionMetadata, RaggedBatch
 from inference_shardformer.engine.batch import ForwardBatch
+from inference_shardformer.engine.graphs import DecodeGraphs
 from inference_shardformer.kv_cache.cache import PagedKVCache
 
 
@@ -32,26 +33,74 @@ class CausalModel(Protocol):
         """Logits after the packed tokens that `logits_to_keep` names."""
 
 
+class AttentionPlanner(Protocol):
+    """What prepares the attention of a step: the backends of all layers, or one backend."""
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether decode steps can be planned once and recorded; asked only where graphs are wanted."""
+
+    def plan(self, batch: RaggedBatch, kv_cache: PagedKVCache) -> AttentionMetadata:
+        """Prepare one step; layer `i` takes `of(i)` of the result."""
+
+    def plan_capture(self, num_decodes: int, kv_cache: PagedKVCache) -> AttentionMetadata:
+        """Prepare a step of decodes that is recorded."""
+
+    def replan(self, batch: RaggedBatch, meta: AttentionMetadata) -> None:
+        """Refill what `plan_capture` prepared."""
+
+
 class ModelRunner:
     """Plans the attention of a step and runs the model on it."""
 
-    def __init__(self, model: CausalModel, *, backend: AttentionBackend, kv_cache: PagedKVCache) -> None:
+    def __init__(
+        self,
+        model: CausalModel,
+        *,
+        attention: AttentionPlanner,
+        kv_cache: PagedKVCache,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
+        """`graphs` replay decode steps; their backends then plan for them, too."""
         self._model = model
-        self.backend = backend
+        self.attention = attention
         self.kv_cache = kv_cache
+        self.graphs = graphs
 
-    def bind(self, backend: AttentionBackend, kv_cache: PagedKVCache) -> None:
-        """Plan with this backend, over this cache, from the next step on. The model is bound by who built it."""
-        self.backend, self.kv_cache = backend, kv_cache
+    def bind(self, attention: AttentionPlanner, kv_cache: PagedKVCache) -> None:
+        """Plan with these backends, over this cache, from the next step on. The model is bound by who built it."""
+        self.attention, self.kv_cache = attention, kv_cache
+        if self.graphs is not None:
+            self.graphs.rebind(can_capture=attention.can_capture)
+
+    def num_padding(self, num_decodes: int, num_seqs: int) -> int:
+        """How many copies of its last sequence a batch should get."""
+        return 0 if self.graphs is None else self.graphs.num_padding(num_decodes, num_seqs)
 
     @torch.inference_mode()
     def run(self, batch: ForwardBatch) -> torch.Tensor:
-        """This rank's logits, float32 `[num_logits, local_vocab]`; keys and values are written to the cache."""
+        """This rank's logits, float32 `[num_logits, local_vocab]`; keys and values are written to the cache.
+
+        Those of a captured step are overwritten by the next one.
+        """
+        if self.graphs is not None and self.graphs.serves(batch):
+            logits = self.graphs.run(batch, self._forward, self.attention, self.kv_cache)
+            return logits[: len(batch.requests_to_sample)]
+        meta = self.attention.plan(batch.ragged, self.kv_cache)
+        return self._forward(batch.input_ids, batch.position_ids, meta, batch.logits_indices)
+
+    def _forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        meta: AttentionMetadata,
+        logits_indices: torch.Tensor,
+    ) -> torch.Tensor:
         output = self._model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
+            input_ids=input_ids,
+            position_ids=position_ids,
             use_cache=False,
-            attn_metadata=self.backend.plan(batch.ragged, self.kv_cache),
-            logits_to_keep=batch.logits_indices,
+            attn_metadata=meta,
+            logits_to_keep=logits_indices,
         )
         return output.logits[0].float()

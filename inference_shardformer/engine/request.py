@@ -39,12 +39,14 @@ class Request:
         prompt: str | None = None,
         index: int = 0,
         config_epoch: int = 0,
+        rope_switch_length: int | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
         self.index = index
         self.sampling = sampling
         self.config_epoch = config_epoch
+        self.rope_switch_length = rope_switch_length
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
@@ -90,14 +92,25 @@ class Request:
         """The sequence length that the rotary frequencies of tokens `[start, end)` see.
 
         The whole prompt for its own tokens, `position + 1` for a generated one; so neither chunks, nor preemption, nor
-        company change it.
+        company change it. Beyond `rope_switch_length` all tokens see the same.
         """
+        if self.rope_switch_length is not None and self.num_tokens > self.rope_switch_length:
+            return [self.rope_switch_length + 1] * (end - start)
         num_prompt = max(0, min(end, self.num_prompt_tokens) - start)
         return [self.num_prompt_tokens] * num_prompt + list(range(start + num_prompt + 1, end + 1))
+
+    def append(self, token_id: int) -> None:
+        """Add a generated token. The one that crosses `rope_switch_length` lets all be computed again, in place."""
+        self.token_ids.append(token_id)
+        if self.num_tokens - 1 == self.rope_switch_length:
+            self._compute_again()
 
     def forget_computed(self) -> None:
         """Note that the cache no longer holds anything of this request."""
         self.num_preemptions += 1
+        self._compute_again()
+
+    def _compute_again(self) -> None:
         self.num_recomputed_tokens += self.num_computed_tokens
         self.num_computed_tokens = 0
 

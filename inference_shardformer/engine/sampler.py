@@ -10,6 +10,7 @@ import torch
 from inference_shardformer.engine.distribution import draw, probabilities, uniform
 from inference_shardformer.engine.history import look_back
 from inference_shardformer.engine.request import Request
+from inference_shardformer.engine.staging import staged
 
 NOT_FINITE = -1
 NOTHING_LEFT = -2
@@ -55,22 +56,32 @@ class Sampler:
         whole = [row for row, request in enumerate(requests) if not _needs_no_logits_of_others(request)]
         chosen = torch.empty(len(requests), dtype=torch.int64, device=logits.device)
         if sharded:
-            chosen[sharded] = self._argmax(logits[sharded])
-        chosen[whole] = self._choose(logits[whole], [requests[row] for row in whole])
+            rows = staged(sharded, torch.int64, logits.device)
+            chosen[rows] = self._argmax(logits[rows])
+        rows = staged(whole, torch.int64, logits.device)
+        chosen[rows] = self._choose(logits[rows], [requests[row] for row in whole])
         return chosen.tolist()
 
     def _argmax(self, logits: torch.Tensor) -> torch.Tensor:
         """The likeliest token of each row, the lowest id among equals; int64 `[num_rows]`."""
-        num_rows = logits.shape[0]
         columns = logits[:, : self._end - self._start]
-        pairs = logits.new_full((num_rows, 2), -torch.inf, dtype=torch.float64)
+        if self._group.size == 1:
+            best = _first_argmax(columns)
+            is_finite = columns.gather(-1, best.unsqueeze(-1)).squeeze(-1).isfinite()
+            return best.masked_fill_(~is_finite, NOT_FINITE)
+        return self._argmax_over_ranks(columns)
+
+    def _argmax_over_ranks(self, columns: torch.Tensor) -> torch.Tensor:
+        """The same where each rank holds some columns, perhaps none: the ranks exchange (value, index) pairs."""
+        num_rows = columns.shape[0]
+        pairs = columns.new_full((num_rows, 2), -torch.inf, dtype=torch.float64)
         if columns.shape[1]:
             best = _first_argmax(columns)
             pairs[:, 0] = columns.gather(-1, best.unsqueeze(-1)).squeeze(-1)
             pairs[:, 1] = best + self._start
         gathered = self._group.all_gather(pairs, dim=0).view(-1, num_rows, 2)  # [size, num_rows, 2]
         winner = gathered[..., 0].argmax(dim=0)  # the first rank among equals, which holds the lowest ids
-        value, token_id = gathered[winner, torch.arange(num_rows, device=logits.device)].unbind(-1)
+        value, token_id = gathered[winner, torch.arange(num_rows, device=columns.device)].unbind(-1)
         return torch.where(value.isfinite(), token_id, float(NOT_FINITE)).long()
 
     def _choose(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
@@ -83,9 +94,11 @@ class Sampler:
             greedy = [row for row, request in enumerate(requests) if request.sampling.is_greedy]
             drawn = [row for row, request in enumerate(requests) if not request.sampling.is_greedy]
             if greedy:
-                token_ids[greedy] = _first_argmax(whole[greedy])
+                rows = staged(greedy, torch.int64, whole.device)
+                token_ids[rows] = _first_argmax(whole[rows])
             if drawn:
-                token_ids[drawn] = _drawn(whole[drawn], [requests[row] for row in drawn])
+                rows = staged(drawn, torch.int64, whole.device)
+                token_ids[rows] = _drawn(whole[rows], [requests[row] for row in drawn])
             token_ids.masked_fill_(whole.amax(dim=-1) == -torch.inf, NOTHING_LEFT)
             token_ids.masked_fill_(~is_finite, NOT_FINITE)
         return self._group.broadcast(token_ids, src=0)

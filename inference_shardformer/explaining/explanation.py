@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import TypedDict
 
 from inference_shardformer.attention.selector import Selection
+from inference_shardformer.attention.verdicts import LayerVerdicts
 from inference_shardformer.config.effects import ConfigEvent
 from inference_shardformer.config.fields import all_fields
 from inference_shardformer.config.migrate.schema import SCHEMA_VERSION
@@ -14,7 +15,11 @@ from inference_shardformer.config.model import ModelFacts
 from inference_shardformer.config.mutability import mutability_of
 from inference_shardformer.config.resolved import Decision, ResolvedConfig
 from inference_shardformer.config.violations import show
+from inference_shardformer.distributed.all_reduce import AllReduceChoice
+from inference_shardformer.explaining.backends import BackendGroup, merge_ranks
+from inference_shardformer.explaining.kernels import HEADER, as_selection, kernel_rows, kernels_object
 from inference_shardformer.explaining.text import COLUMNS, INDENT, REQUESTS, aligned
+from inference_shardformer.resolving.kernels import ChosenKernels
 from inference_shardformer.resolving.preparation import Prepared
 from inference_shardformer.sharded import Sharded
 
@@ -43,8 +48,9 @@ class ValueObject(TypedDict):
 class Explanation:
     """Every final value with its origin, its reason and what it beat, and what follows from them for one model.
 
-    `rank_bytes` are the bytes of weights of each rank. Without a model there are no `facts`, `rank_bytes` and
-    `selection`, and what hangs on the model reads "auto". `notes` are sentences about the running engine alone.
+    `rank_bytes` are the bytes of weights of each rank, `rank_verdicts` what each says of the attention backends of its
+    layers, `kernels` the choices around attention by kind. Without a model there are none of these and no `facts`, and
+    what hangs on the model reads "auto". `notes` are sentences about the running engine alone.
     """
 
     decisions: tuple[Decision, ...]
@@ -52,7 +58,8 @@ class Explanation:
     facts: ModelFacts | None = None
     policy: str = ""
     rank_bytes: tuple[int, ...] = ()
-    selection: Selection | None = None
+    rank_verdicts: tuple[tuple[LayerVerdicts, ...], ...] = ()
+    kernels: Mapping[str, Selection] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
@@ -62,7 +69,8 @@ class Explanation:
             "model": {**asdict(self.facts), "policy": self.policy} if self.facts else None,
             "values": [_value_object(decision) for decision in self.decisions],
             "ranks": [{"rank": rank, "weight_bytes": num_bytes} for rank, num_bytes in enumerate(self.rank_bytes)],
-            "attention": _attention_object(self.selection),
+            "attention": self._attention_object(),
+            "kernels": kernels_object(self.kernels),
             "events": [event._asdict() for event in self.events],
             "notes": list(self.notes),
         }
@@ -92,9 +100,28 @@ class Explanation:
             rows.append((f"{INDENT}{name}", _measured(decision), _account(decision)))
         return rows
 
+    @property
+    def attention(self) -> tuple[BackendGroup, ...]:
+        """The attention backends, for each group of layers and of ranks that have the same."""
+        return merge_ranks(self.rank_verdicts)
+
     def verdicts(self) -> list[tuple[str, str]]:
-        """Every attention backend with its verdict."""
-        return _verdicts(self.selection) if self.selection else []
+        """A header, and under the layers and ranks of each group every attention backend with its verdict."""
+        groups = self.attention
+        if not groups:
+            return []
+        header = (f"attention backends (asked for: {groups[0].selection.requested})", "verdict")
+        return [header, *(row for group in groups for row in group.rows())]
+
+    def kernel_verdicts(self) -> list[tuple[str, str]]:
+        """A header, and under each kind of kernel every candidate with its verdict."""
+        return [HEADER, *kernel_rows(self.kernels)] if self.kernels else []
+
+    def _attention_object(self) -> dict[str, object] | None:
+        groups = self.attention
+        if not groups:
+            return None
+        return {"requested": groups[0].selection.requested, "groups": [group.to_json() for group in groups]}
 
     def __str__(self) -> str:
         return self.as_text()
@@ -102,9 +129,10 @@ class Explanation:
     def as_text(self, width: int = 120) -> str:
         """Aligned text within `width` columns."""
         parts = [*self.headline(), "", *aligned(COLUMNS, self.rows(), width), "", REQUESTS]
-        if self.selection:
-            asked = f"attention backends (asked for: {self.selection.requested})"
-            parts += ["", *aligned((asked, "verdict"), self.verdicts(), width)]
+        if verdicts := self.verdicts():
+            parts += ["", *aligned(verdicts[0], verdicts[1:], width)]
+        if kernels := self.kernel_verdicts():
+            parts += ["", *aligned(kernels[0], kernels[1:], width)]
         if self.events:
             parts += ["", "let pass by inference.strict=false", *(f"  {event.message}" for event in self.events)]
         return "\n".join(parts)
@@ -119,9 +147,18 @@ def explain_engine(prepared: Prepared, sharded: Sharded, config: ResolvedConfig,
         facts=prepared.facts,
         policy=type(prepared.policy).__name__,
         rank_bytes=sharded.rank_bytes,
-        selection=prepared.selection,
+        rank_verdicts=prepared.rank_verdicts,
+        kernels=kernel_selections(prepared.chosen_kernels, prepared.all_reduce),
         notes=(f"loaded   {read}", *([f"cache    {cache_reason}"] if cache_reason else [])),
     )
+
+
+def kernel_selections(chosen: ChosenKernels, all_reduce: AllReduceChoice) -> dict[str, Selection]:
+    """The choice of every kernel by the name of its kind, and of the all-reduce."""
+    return {
+        **{kind.value: selection for kind, selection in chosen.selections.items()},
+        "all_reduce": as_selection(all_reduce),
+    }
 
 
 def _value_object(decision: Decision) -> ValueObject:
@@ -137,40 +174,6 @@ def _value_object(decision: Decision) -> ValueObject:
             for item in decision.beaten
         ],
     }
-
-
-def _attention_object(selection: Selection | None) -> Mapping[str, object] | None:
-    if selection is None:
-        return None
-    return {
-        "requested": selection.requested,
-        "chosen": selection.name,
-        "candidates": [
-            {
-                "name": verdict.name,
-                "verdict": _verdict(selection, verdict.name, verdict.reasons),
-                "reasons": [reason._asdict() for reason in verdict.reasons],
-            }
-            for verdict in selection.verdicts
-        ],
-    }
-
-
-def _verdict(selection: Selection, name: str, reasons: Sequence[object]) -> str:
-    if reasons:
-        return "refused"
-    return "chosen" if name == selection.name else "could serve"
-
-
-def _verdicts(selection: Selection) -> list[tuple[str, str]]:
-    return [
-        (
-            verdict.name,
-            "; ".join(f"{reason.message} [{reason.code}]" for reason in verdict.reasons)
-            or _verdict(selection, verdict.name, verdict.reasons),
-        )
-        for verdict in selection.verdicts
-    ]
 
 
 def _measured(decision: Decision) -> str:

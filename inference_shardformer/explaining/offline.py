@@ -7,16 +7,22 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from inference_shardformer.attention.survey import BACKENDS
+from inference_shardformer.attention.survey import BACKENDS, make_survey
+from inference_shardformer.attention.verdicts import LayerVerdicts, verdicts_of
+from inference_shardformer.compute.base import ComputeKind
+from inference_shardformer.config.fields import open_field
 from inference_shardformer.config.inference import TUNED, InferenceConfig
 from inference_shardformer.config.loader import MergedConfig, gather, merge_layers
 from inference_shardformer.config.shard import ShardConfig
 from inference_shardformer.config.sources import ConfigSources
 from inference_shardformer.config.violations import Violation, raise_all, show
+from inference_shardformer.distributed.choosing import expected_all_reduce
 from inference_shardformer.errors import BackendUnavailableError, EnvironmentMismatchError
-from inference_shardformer.explaining.explanation import Explanation
+from inference_shardformer.explaining.explanation import Explanation, kernel_selections
 from inference_shardformer.huggingface import build_on_meta, locate_checkpoint, read_model
+from inference_shardformer.planning.storage import WeightStorage
 from inference_shardformer.resolving.examination import Examined, examine
+from inference_shardformer.resolving.kernels import linear_kernel
 from inference_shardformer.resolving.options import check_options
 from inference_shardformer.resolving.resolution import (
     AT_ATTACH,
@@ -27,6 +33,8 @@ from inference_shardformer.resolving.resolution import (
     resolve_threads,
 )
 from inference_shardformer.sharded import check_checkpoint, plan_ranks
+from inference_shardformer.sharding.plan import RankLayout
+from inference_shardformer.tuning.selecting import select_backends
 
 if TYPE_CHECKING:
     from inference_shardformer.policies.base import Policy
@@ -49,7 +57,7 @@ def explain(
     """
     layers = gather(sources, shard_config, inference_config)
     merged = merge_layers(layers)
-    host, violations = _host(merged)
+    host, violations = host_asked_for(merged)
     if model is None:
         return _explain_alone(merged, host, violations)
     trust = merged.inference.weights.trust_remote_code
@@ -63,8 +71,8 @@ def explain(
     return _explain_model(seen, model, host)
 
 
-def _host(merged: MergedConfig) -> tuple[HostFacts, list[Violation]]:
-    """This machine with as many ranks as were asked for."""
+def host_asked_for(merged: MergedConfig) -> tuple[HostFacts, list[Violation]]:
+    """This machine with as many ranks as were asked for, and what is wrong with that."""
     asked = merged.shard.tp_size
     tp_size = 1 if asked == "auto" else asked
     try:
@@ -73,7 +81,8 @@ def _host(merged: MergedConfig) -> tuple[HostFacts, list[Violation]]:
         given = f"shard.device = {show(merged.shard.device)}"
         violation = Violation("shard.device", given, merged.origin("shard.device"), exc.message, exc.remedy, exc)
         return HostFacts(tp_size, tp_size, "cpu", "the device that was asked for is absent"), [violation]
-    return HostFacts(tp_size, tp_size, device, reason), []
+    all_reduce = expected_all_reduce(merged.shard.all_reduce, tp_size, torch.device(device))
+    return HostFacts(tp_size, tp_size, device, reason, all_reduce), []
 
 
 def _explain_alone(merged: MergedConfig, host: HostFacts, violations: list[Violation]) -> Explanation:
@@ -84,12 +93,14 @@ def _explain_alone(merged: MergedConfig, host: HostFacts, violations: list[Viola
         "shard.tp_size": ("auto", "the size of the process group; one rank without a launcher"),
         "shard.device": (host.device, host.device_reason),
         "shard.threads_per_rank": resolve_threads(merged.shard, host.ranks_on_host),
+        "shard.all_reduce": (host.all_reduce.name, host.all_reduce.reason),
         "inference.cache.num_blocks": ("auto", AT_ATTACH),
         "inference.cache.memory_limit": memory_limit(merged.inference),
     }
-    for name in ("dtype", "max_model_len", "attention.backend"):
+    kernels = [f"kernels.{kind.value}" for kind in ComputeKind]
+    for name in ("dtype", "max_model_len", "attention.backend", "cache.block_size", "graphs", *kernels):
         decided[f"inference.{name}"] = (merged.value(f"inference.{name}"), _NEEDS_MODEL)
-    options = {path: stack.winner.value for path, stack in merged.stacks.items() if ".attention.options." in path}
+    options = {path: stack.winner.value for path, stack in merged.stacks.items() if open_field(path)}
     return Explanation(decisions_on(merged, decided, options))
 
 
@@ -108,11 +119,33 @@ def _explain_model(seen: Examined, model: str | Path, host: HostFacts) -> Explan
     if any(folder.glob("*.safetensors")):
         check_checkpoint(seen.policy, seen.facts, unsharded, folder)
     plans = plan_ranks(seen.policy, seen.facts, unsharded, tp_size=host.tp_size)
+    storage = WeightStorage.of(linear_kernel(seen.kernels), unsharded)
     return Explanation(
         decisions=seen.config.decisions,
         events=seen.events,
         facts=seen.facts,
         policy=type(seen.policy).__name__,
-        rank_bytes=tuple(plan.num_bytes(seen.config.torch_dtype.itemsize) for plan in plans),
-        selection=seen.selection,
+        rank_bytes=tuple(storage.weight_bytes(plan) for plan in plans),
+        rank_verdicts=_rank_verdicts(seen, host.tp_size),
+        kernels=kernel_selections(seen.kernels, host.all_reduce),
     )
+
+
+def _rank_verdicts(seen: Examined, tp_size: int) -> tuple[tuple[LayerVerdicts, ...], ...]:
+    """What every rank would say of the attention backends; ranks with the same specs are judged once."""
+    config, device = seen.config, seen.groups.specs[0].device
+    judged = {seen.groups: seen.selections}
+    per_rank = [
+        seen.policy.attention_groups(
+            seen.facts,
+            RankLayout(tp_size, rank),
+            dtype=config.torch_dtype,
+            device=device,
+            block_size=seen.groups.specs[0].block_size,
+        )
+        for rank in range(tp_size)
+    ]
+    for groups in per_rank:
+        if groups not in judged:
+            judged[groups] = select_backends(groups, config.inference.attention, make_survey(device))
+    return tuple(verdicts_of(groups, judged[groups]) for groups in per_rank)

@@ -41,9 +41,9 @@ class NoPaddingLlamaAttention(nn.Module):
         cos, sin = (part.view(num_tokens, 1, self.head_dim) for part in position_embeddings)
         num_rotated = self.num_heads + self.num_kv_heads
         q, k = rotate(qkv[:, :num_rotated], cos, sin).split((self.num_heads, self.num_kv_heads), dim=1)
-        cache = attn_metadata.kv_cache.layer(self.layer_idx)
-        self.backend.write(k, qkv[:, num_rotated:], cache, attn_metadata)
-        out = self.backend.attend(q, cache, attn_metadata)  # [num_tokens, num_heads, head_dim]
+        cache, meta = attn_metadata.kv_cache.layer(self.layer_idx), attn_metadata.of(self.layer_idx)
+        self.backend.write(k, qkv[:, num_rotated:], cache, meta)
+        out = self.backend.attend(q, cache, meta)  # [num_tokens, num_heads, head_dim]
         return self.o_proj(out.reshape(1, num_tokens, -1)), None
 
     def extra_repr(self) -> str:
@@ -63,5 +63,4 @@ class NoPaddingLlamaMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., hidden_size]` in and out, equal on every rank."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(self.act_fn(gate) * up)
+        return self.down_proj(self.gate_up_proj(x, self.act_fn))

@@ -29,6 +29,7 @@ class Requirement:
     platforms: tuple[Platform, ...] = ()
     min_capability: tuple[int, int] | None = None  # of an NVIDIA device
     isa: tuple[str, ...] = ()  # instruction sets of the processor, all of them
+    max_capability: tuple[int, int] | None = None  # the last one it works on, of an NVIDIA device
 
     @property
     def package(self) -> str:
@@ -43,6 +44,11 @@ class Requirement:
         if self.min_capability is not None and capability is not None and capability < self.min_capability:
             return (
                 f"{self.package} needs compute capability {_dotted(self.min_capability)}, "
+                f"{device.name} has {_dotted(capability)}"
+            )
+        if self.max_capability is not None and capability is not None and capability > self.max_capability:
+            return (
+                f"{self.package} works up to compute capability {_dotted(self.max_capability)}, "
                 f"{device.name} has {_dotted(capability)}"
             )
         absent = [name for name in self.isa if name not in host.cpu.isa]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from inference_shardformer.attention.block_size import USUAL_BLOCK_SIZE
 from inference_shardformer.config.fields import all_fields
 from inference_shardformer.config.frozen import frozen_or_text
 from inference_shardformer.config.inference import TUNED, InferenceConfig
@@ -16,6 +17,7 @@ from inference_shardformer.config.loader import MergedConfig
 from inference_shardformer.config.model import ModelFacts
 from inference_shardformer.config.resolved import TORCH_DTYPES, Beaten, Decision, ResolvedConfig
 from inference_shardformer.config.shard import ShardConfig
+from inference_shardformer.distributed.all_reduce import AllReduceChoice
 from inference_shardformer.errors import EnvironmentMismatchError
 
 AT_ATTACH = "decided when the engine is attached, by the memory that is free then"
@@ -31,20 +33,24 @@ class Decided(NamedTuple):
 
 @dataclass(frozen=True)
 class HostFacts:
-    """What resolving may know of the machine."""
+    """What resolving may know of the machine; `all_reduce` is how partial sums are added."""
 
     tp_size: int
     ranks_on_host: int
     device: str
     device_reason: str
+    all_reduce: AllReduceChoice = field(default_factory=lambda: AllReduceChoice("none"))
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What others have chosen: the attention backend, and the values of its options by their path."""
+    """What others have chosen: the attention backend, the kernels, and the values of options, by their path."""
 
     attention_backend: Decided
     options: Mapping[str, object] = field(default_factory=dict)
+    kernels: Mapping[str, Decided] = field(default_factory=dict)
+    block_size: tuple[int, str] = (USUAL_BLOCK_SIZE, "the usual size")
+    graphs: tuple[int, str] = (0, "")  # the largest captured batch size, 0: none
 
 
 def resolve_device(shard: ShardConfig) -> tuple[str, str]:
@@ -91,16 +97,20 @@ def resolve(merged: MergedConfig, *, facts: ModelFacts, host: HostFacts, choices
     threads, threads_reason = resolve_threads(merged.shard, host.ranks_on_host)
     max_model_len, length_reason = resolve_length(merged.inference, facts)
     dtype = resolve_dtype(merged.inference, facts)
-    num_blocks = merged.inference.cache.num_blocks
+    num_blocks, asked_size = merged.inference.cache.num_blocks, merged.inference.cache.block_size
     decided: dict[str, tuple[object, str]] = {
         "shard.tp_size": (host.tp_size, "the size of the process group"),
         "shard.device": (host.device, host.device_reason),
         "shard.threads_per_rank": (threads, threads_reason),
+        "shard.all_reduce": (host.all_reduce.name, host.all_reduce.reason),
         "inference.dtype": dtype,
         "inference.max_model_len": (max_model_len, length_reason),
         "inference.attention.backend": choices.attention_backend,
+        "inference.cache.block_size": choices.block_size,
+        "inference.graphs": (choices.graphs[0] or "none", choices.graphs[1]),
         "inference.cache.num_blocks": (num_blocks, AT_ATTACH),
         "inference.cache.memory_limit": memory_limit(merged.inference),
+        **choices.kernels,
     }
     return ResolvedConfig(
         shard=merged.shard,
@@ -113,6 +123,10 @@ def resolve(merged: MergedConfig, *, facts: ModelFacts, host: HostFacts, choices
         max_model_len=max_model_len,
         decisions=decisions_on(merged, decided, choices.options),
         num_blocks=None if num_blocks == "auto" else num_blocks,
+        all_reduce=host.all_reduce.name,
+        block_size=choices.block_size[0] if asked_size == "auto" else asked_size,
+        graphs=choices.graphs[0] or "none",
+        kernels=tuple((path.rpartition(".")[2], decided.value) for path, decided in choices.kernels.items()),
     )
 
 
@@ -126,11 +140,12 @@ def memory_limit(inference: InferenceConfig) -> tuple[object, str]:
 def decisions_on(
     merged: MergedConfig, decided: Mapping[str, tuple[object, str]], options: Mapping[str, object]
 ) -> tuple[Decision, ...]:
-    """The decision on every field in order of declaration, and on every option of the chosen backend in its place."""
+    """The decision on every field in order of declaration, and on every option of the chosen plug-ins in its place."""
     decisions: list[Decision] = []
     for path, known in all_fields().items():
         if known.is_open:
-            decisions += [_decision(merged, name, value, "") for name, value in options.items()]
+            own = {name: value for name, value in options.items() if name.startswith(f"{path}.")}
+            decisions += [_decision(merged, name, value, "") for name, value in own.items()]
             continue
         asked = merged.value(path)
         value, reason = decided.get(path, (asked, "")) if asked in ("auto", TUNED) else (asked, "")

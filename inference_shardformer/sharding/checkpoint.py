@@ -41,13 +41,13 @@ class SafetensorsCheckpoint:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of tensor data read so far on this rank."""
+        """Bytes of the slices read so far on this rank."""
         return sum(file.bytes_read for file in self._files.values())
 
     def chunks(self, part: SourceSlice) -> Iterator[tuple[int, torch.Tensor]]:
         """The slice in bounded pieces along the first axis, each with its first row relative to the slice.
 
-        A piece is valid until the next one is asked for.
+        A piece is valid until the same thread asks for another.
         """
         file = self._files[self._owner[part.tensor]]
         info = file.tensors[part.tensor]
@@ -79,6 +79,11 @@ class StateDictSource:
         """Name, shape and type of every tensor still held."""
         return {name: TensorInfo(tuple(tensor.shape), str(tensor.dtype)) for name, tensor in self._tensors.items()}
 
+    @property
+    def held(self) -> Mapping[str, torch.Tensor]:
+        """The tensors that were not let go."""
+        return self._tensors
+
     def chunks(self, part: SourceSlice) -> Iterator[tuple[int, torch.Tensor]]:
         """The slice as one piece."""
         yield 0, self._tensors[part.tensor].detach().narrow(part.dim, part.start, part.stop - part.start)
@@ -97,16 +102,15 @@ def _rows_per_chunk(info: TensorInfo) -> int:
 
 def _file_names(folder: Path) -> list[str]:
     """Names of the safetensors files of a folder, through its index where there is one."""
-    index = folder / INDEX_NAME
-    if index.is_file():
-        return _indexed_names(index)
-    if (folder / SINGLE_NAME).is_file():
-        return [SINGLE_NAME]
+    names = safetensors_names(folder)
+    if names:
+        return names
     found = sorted(path.name for pattern in _PICKLE_PATTERNS for path in folder.glob(pattern))
     if found:
         raise CheckpointError(
             f"{folder}: holds pickled weights only ({', '.join(found[:3])}); reading them can run any code",
-            remedy="convert them once with transformers: model.save_pretrained(folder, safe_serialization=True)",
+            remedy="convert them once with transformers: model.save_pretrained(folder, safe_serialization=True); or, "
+            "where you trust their origin, set inference.weights.allow_pickle=true",
         )
     raise CheckpointError(
         f"{folder}: holds neither {SINGLE_NAME} nor {INDEX_NAME}",
@@ -114,7 +118,15 @@ def _file_names(folder: Path) -> list[str]:
     )
 
 
-def _indexed_names(index: Path) -> list[str]:
+def safetensors_names(folder: Path) -> list[str]:
+    """Names of the safetensors files of a folder, through its index where there is one; empty where there are none."""
+    if (folder / INDEX_NAME).is_file():
+        return indexed_names(folder / INDEX_NAME)
+    return [SINGLE_NAME] if (folder / SINGLE_NAME).is_file() else []
+
+
+def indexed_names(index: Path) -> list[str]:
+    """Names of the files that an index lists. Raises `CheckpointError` where one is missing."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))

@@ -14,7 +14,7 @@ Tensors = Mapping[str, TensorInfo]
 
 
 class Style(ABC):
-    """One way to cut the tensors of a module. `sources` names the native siblings a fused module is made of."""
+    """One way to cut the tensors of a module. `sources` names the native siblings it is made of, if it is not one."""
 
     name: ClassVar[str]
     sources: tuple[str, ...] = ()
@@ -25,10 +25,15 @@ class Style(ABC):
         """Plan the parameters of the module at `path`; `tensors` holds its tensors by full name."""
 
 
-def _leaves(path: str, tensors: Tensors) -> dict[str, TensorInfo]:
+def module_leaves(path: str, tensors: Tensors) -> dict[str, TensorInfo]:
     """The tensors of one module by their last name: weight, bias."""
     prefix = f"{path}."
     return {name[len(prefix) :]: info for name, info in tensors.items() if name.startswith(prefix)}
+
+
+def source_path(path: str, sources: tuple[str, ...]) -> str:
+    """Where the tensors of a module with at most one source stand."""
+    return f"{path.rpartition('.')[0]}.{sources[0]}" if sources else path
 
 
 def _whole(name: str, info: TensorInfo) -> ParameterPlan:
@@ -54,7 +59,7 @@ class Replicate(Style):
 
     def plan(self, path: str, tensors: Tensors, context: PlanContext) -> tuple[ParameterPlan, ...]:
         """Every tensor whole."""
-        return tuple(_whole(f"{path}.{leaf}", info) for leaf, info in _leaves(path, tensors).items())
+        return tuple(_whole(f"{path}.{leaf}", info) for leaf, info in module_leaves(path, tensors).items())
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Column(Style):
     def plan(self, path: str, tensors: Tensors, context: PlanContext) -> tuple[ParameterPlan, ...]:
         """The sources' parts, one after the other."""
         paths = [f"{path.rpartition('.')[0]}.{source}" for source in self.sources] or [path]
-        parts = {source: _leaves(source, tensors) for source in paths}
+        parts = {source: module_leaves(source, tensors) for source in paths}
         return tuple(self._fuse(f"{path}.{leaf}", leaf, parts, context) for leaf in _common_leaves(path, parts))
 
     def _fuse(
@@ -85,6 +90,13 @@ class Column(Style):
 
     def _range(self, tensor: str, source: str, size: int, context: PlanContext) -> tuple[int, int]:
         return _even_part(tensor, size, context.layout)
+
+
+@dataclass(frozen=True)
+class GateUp(Column):
+    """Gate and up projection fused, the gate first."""
+
+    name: ClassVar[str] = "gate_up"
 
 
 @dataclass(frozen=True)
@@ -112,18 +124,27 @@ class RowSplit(Style):
     """Input features are cut over ranks and the partial sums added; a bias is whole on every rank, added once after."""
 
     name: ClassVar[str] = "row"
+    sources: tuple[str, ...] = ()
 
     def plan(self, path: str, tensors: Tensors, context: PlanContext) -> tuple[ParameterPlan, ...]:
         """Weight columns are cut, a bias is whole."""
         plans: list[ParameterPlan] = []
-        for leaf, info in _leaves(path, tensors).items():
-            name = f"{path}.{leaf}"
+        source = source_path(path, self.sources)
+        for leaf, info in module_leaves(source, tensors).items():
+            name, tensor = f"{path}.{leaf}", f"{source}.{leaf}"
             if len(info.shape) == 1:
-                plans.append(_whole(name, info))
+                plans.append(ParameterPlan(name, info.shape, (SourceSlice(tensor, 0, 0, info.shape[0], 0),)))
                 continue
-            start, stop = _even_part(name, info.shape[1], context.layout)
-            plans.append(ParameterPlan(name, (info.shape[0], stop - start), (SourceSlice(name, 1, start, stop, 0),)))
+            start, stop = _even_part(tensor, info.shape[1], context.layout)
+            plans.append(ParameterPlan(name, (info.shape[0], stop - start), (SourceSlice(tensor, 1, start, stop, 0),)))
         return tuple(plans)
+
+
+@dataclass(frozen=True)
+class PartialRowSplit(RowSplit):
+    """As `RowSplit`, of a module that leaves its partial sums to the replaced one above it, which adds them once."""
+
+    name: ClassVar[str] = "partial_row"
 
 
 @dataclass(frozen=True)
@@ -145,7 +166,7 @@ class Vocab(Style):
                 (part, *info.shape[1:]),
                 (SourceSlice(f"{path}.{leaf}", 0, start, stop, 0),) if stop > start else (),
             )
-            for leaf, info in _leaves(path, tensors).items()
+            for leaf, info in module_leaves(path, tensors).items()
         )
 
 

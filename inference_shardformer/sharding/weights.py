@@ -1,9 +1,10 @@
-"""Fills the parameters of a sharded model from a source of slices, one parameter at a time."""
+"""Fills the parameters of a sharded model from a source of slices, as many at a time as there are threads."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import torch
@@ -11,19 +12,20 @@ from torch import nn
 
 from inference_shardformer.errors import CheckpointError
 from inference_shardformer.sharding.plan import ParameterPlan, ShardingPlan, SourceSlice, TensorInfo
+from inference_shardformer.sharding.storage import FollowsWeights, allocate_parameter, tie_tensor, write_parameter
 
 Progress = Callable[[int, int], None]
 
 
 class WeightSource(Protocol):
-    """Where slices come from: a checkpoint on disk, or a model in memory."""
+    """Where slices come from: a checkpoint on disk, or a model in memory. Several threads ask for them."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """What is there."""
 
     def chunks(self, part: SourceSlice) -> Iterator[tuple[int, torch.Tensor]]:
-        """The slice in pieces along the first axis."""
+        """The slice in pieces along the first axis; each is valid until the same thread asks for the next."""
 
     def release(self, part: SourceSlice) -> None:
         """The slice's tensor will not be asked for again."""
@@ -44,19 +46,20 @@ def load_weights(
     """
     uses = Counter(part.tensor for parameter in plan.parameters for part in parameter.slices)
     total, done = plan.num_bytes(dtype.itemsize), 0
-    for parameter in plan.parameters:
-        tensor = _fill(parameter, source, dtype, device)
-        _set_parameter(model, parameter.name, nn.Parameter(tensor, requires_grad=False))
+    for parameter in _filled(model, plan, source, dtype, device):
         for part in parameter.slices:
             uses[part.tensor] -= 1
             if not uses[part.tensor]:
                 source.release(part)
-        done += tensor.nbytes
+        done += parameter.num_elements * dtype.itemsize
         if progress is not None:
             progress(done, total)
     for owner, name in plan.shared_parameters:
-        _set_parameter(model, name, model.get_parameter(owner))
+        tie_tensor(model, owner, name)
     _check_complete(model)
+    for module in model.modules():
+        if isinstance(module, FollowsWeights):
+            module.weights_loaded()
 
 
 def check_names(expected: Mapping[str, TensorInfo], found: Mapping[str, TensorInfo], *, optional: set[str]) -> None:
@@ -80,21 +83,55 @@ def check_names(expected: Mapping[str, TensorInfo], found: Mapping[str, TensorIn
         )
 
 
-def _fill(parameter: ParameterPlan, source: WeightSource, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _filled(
+    model: nn.Module, plan: ShardingPlan, source: WeightSource, dtype: torch.dtype, device: torch.device
+) -> Iterator[ParameterPlan]:
+    """Allocate and fill, in the order of the plan.
+
+    On a CPU each of torch's threads reads and stores a parameter by itself: none waits for another, as those of one
+    operation do, and some compute while others read.
+    """
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    if threads == 1:
+        for parameter in plan.parameters:
+            _allocate(model, parameter, dtype, device)
+            _fill(model, parameter, source)
+            yield parameter
+        return
+    is_inference = torch.is_inference_mode_enabled()
+
+    def fill(parameter: ParameterPlan) -> ParameterPlan:
+        with torch.inference_mode(is_inference):  # each thread has its own
+            _fill(model, parameter, source)
+        return parameter
+
+    running: deque[Future[ParameterPlan]] = deque()
+    try:
+        with ThreadPoolExecutor(threads, "weights", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for parameter in plan.parameters:
+                if len(running) == threads:
+                    yield running.popleft().result()
+                _allocate(model, parameter, dtype, device)
+                running.append(pool.submit(fill, parameter))
+            while running:
+                yield running.popleft().result()
+    finally:
+        torch.set_num_threads(threads)  # what the others set is the number of threads that begin later, too
+
+
+def _allocate(model: nn.Module, parameter: ParameterPlan, dtype: torch.dtype, device: torch.device) -> None:
     filled = sum(part.stop - part.start for part in parameter.slices)
     axis = parameter.slices[0].dim if parameter.slices else 0
-    allocate = torch.empty if filled == parameter.shape[axis] else torch.zeros
-    target = allocate(parameter.shape, dtype=dtype, device=device)
+    is_zeroed = filled != parameter.shape[axis]
+    allocate_parameter(model, parameter.name, parameter.shape, dtype=dtype, device=device, is_zeroed=is_zeroed)
+
+
+def _fill(model: nn.Module, parameter: ParameterPlan, source: WeightSource) -> None:
+    """Write the slices piece by piece, so that a weight that is stored in another form is never here twice."""
     for part in parameter.slices:
-        place = target.narrow(part.dim, part.offset, part.stop - part.start)
+        first_row, column = (part.offset, 0) if part.dim == 0 else (0, part.offset)
         for row, piece in source.chunks(part):
-            place.narrow(0, row, piece.shape[0]).copy_(piece)
-    return target
-
-
-def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    path, _, leaf = name.rpartition(".")
-    model.get_submodule(path).register_parameter(leaf, parameter)
+            write_parameter(model, parameter.name, piece, row=first_row + row, column=column)
 
 
 def _check_complete(model: nn.Module) -> None:

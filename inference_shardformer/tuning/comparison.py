@@ -16,9 +16,13 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows of all ranks together. `keys` are those of every rank's spec, `refused` the backends that cannot serve."""
+    """Rows of all ranks together, for layers with equal needs.
+
+    `keys` are those of every rank's spec, `refused` the backends that cannot serve.
+    """
 
     of: str
+    layers: tuple[int, ...]
     device: str
     num_ranks: int
     rounds: int
@@ -52,6 +56,7 @@ class Comparison:
         return {
             "schema_version": SCHEMA_VERSION,
             "of": self.of,
+            "layers": list(self.layers),
             "device": self.device,
             "num_ranks": self.num_ranks,
             "rounds": self.rounds,

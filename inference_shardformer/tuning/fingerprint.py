@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 
+from pydantic import BaseModel, ValidationError
+
 from inference_shardformer.attention.base import AttentionSpec
 from inference_shardformer.attention.survey import Survey
+from inference_shardformer.config.plugin_options import without_version
 
 Fingerprint = Mapping[str, str]
+Options = Mapping[str, Mapping[str, object]]  # by the name of a backend
 _ABSENT = "absent"
 
 
-def fingerprint_of(survey: Survey, spec: AttentionSpec) -> dict[str, str]:
-    """The device, the processor, the versions, and every known backend with its origin and its libraries."""
+def fingerprint_of(survey: Survey, spec: AttentionSpec, options: Options) -> dict[str, str]:
+    """The device, the processor, the versions, and every known backend with its origin, libraries and options.
+
+    `options` are those that were asked for; what a backend declares beside them counts with its default.
+    """
     cpu = survey.host.cpu
     device = survey.host.device(spec.device.type, spec.device.index)
     facts = {
@@ -32,6 +40,8 @@ def fingerprint_of(survey: Survey, spec: AttentionSpec) -> dict[str, str]:
         ]
         loaded = [] if candidate.error is None else ["failed to load"]
         facts[f"backend {candidate.name}"] = "; ".join([candidate.origin, *loaded, *libraries])
+        if candidate.backend is not None and candidate.backend.Options is not None:
+            facts[f"options of {candidate.name}"] = _options(candidate.backend.Options, options.get(candidate.name, {}))
     return facts
 
 
@@ -50,6 +60,15 @@ def spec_key(spec: AttentionSpec) -> str:
     parts |= {"device": spec.device.type, "features": "+".join(sorted(feature.value for feature in spec.features))}
     shown = {name: str(value).removeprefix("torch.") for name, value in parts.items() if value not in (None, False)}
     return " ".join(f"{name}={value}" for name, value in shown.items())
+
+
+def _options(declared: type[BaseModel], given: Mapping[str, object]) -> str:
+    """Every option with its value; as given where that is not valid, which is refused elsewhere."""
+    try:
+        values = declared.model_validate(without_version(given)).model_dump(mode="json")
+    except ValidationError:
+        return f"not valid: {json.dumps(dict(given), sort_keys=True, default=str)}"
+    return json.dumps(values, sort_keys=True)
 
 
 def _own_version() -> str:

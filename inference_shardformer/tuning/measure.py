@@ -135,7 +135,7 @@ class _Gate:
         out = self._outs[row.backend]
         if out is None:
             return replace(row, problem=self._failures[row.backend])
-        expected = self._expected[self._trials[row.backend].kv_cache.layout]
+        expected = self._expected[self._trials[row.backend].kv_cache.layouts[0]]
         if out.shape != expected.shape or out.dtype != expected.dtype:
             return replace(row, problem=f"it returned {out.dtype} {tuple(out.shape)}")
         error = (out.double() - expected.double()).abs().nan_to_num(nan=torch.inf).max().item()

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from inference_shardformer.attention.base import AttentionSpec
+from inference_shardformer.attention.groups import LayerGroups
+from inference_shardformer.attention.selecting import select_each
 from inference_shardformer.attention.selector import Selection, select
 from inference_shardformer.attention.survey import Survey
 from inference_shardformer.config.inference import TUNED, AttentionConfig
@@ -13,6 +15,11 @@ from inference_shardformer.tuning.choice import praise
 from inference_shardformer.tuning.errors import TuningProfileError
 from inference_shardformer.tuning.fingerprint import fingerprint_of, spec_key
 from inference_shardformer.tuning.profile import TuningProfile
+
+
+def select_backends(groups: LayerGroups, attention: AttentionConfig, survey: Survey) -> tuple[Selection, ...]:
+    """The selection for `attention.backend` in each group of layers; a refusal names the layers."""
+    return select_each(groups, lambda spec: select_backend(spec, attention, survey))
 
 
 def select_backend(spec: AttentionSpec, attention: AttentionConfig, survey: Survey) -> Selection:
@@ -30,7 +37,7 @@ def select_backend(spec: AttentionSpec, attention: AttentionConfig, survey: Surv
         )
     path = Path(attention.profile).expanduser()
     profile = TuningProfile.load(path)
-    profile.check(path, fingerprint_of(survey, spec))
+    profile.check(path, fingerprint_of(survey, spec, attention.options))
     entry = profile.entry(path, spec_key(spec))
     selection = select(spec, entry.choice, survey)
     return replace(

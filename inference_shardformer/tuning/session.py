@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from inference_shardformer.attention.base import AttentionSpec
 from inference_shardformer.attention.selector import construct, judge, select
 from inference_shardformer.attention.survey import BACKENDS, BackendRegistry, make_survey
 from inference_shardformer.config.inference import TUNED
@@ -43,8 +44,8 @@ def compare_backends(
     rounds: int,
     registry: BackendRegistry = BACKENDS,
     clock: Clock | None = None,
-) -> Comparison:
-    """Join the ranks, measure, and leave them. Without a model a representative one stands for it.
+) -> tuple[Comparison, ...]:
+    """Join the ranks, measure for each group of layers, and leave them. A representative model stands for no model.
 
     Raises what is wrong with the settings or the model, and `EnvironmentMismatchError` if ranks differ in what a
     profile depends on.
@@ -69,12 +70,26 @@ def _compare(
     rounds: int,
     registry: BackendRegistry,
     clock: Clock,
+) -> tuple[Comparison, ...]:
+    layout = RankLayout(ranks.group.size, ranks.group.rank)
+    wanted = ranks.guard.together("tuning", lambda: _wanted(layers, model, layout, ranks.device))
+    ranks.guard.agree("tune", {"layers": str(wanted.groups.group_of)})
+    groups = range(len(wanted.groups.specs))
+    return tuple(_compare_group(wanted, group, buckets, ranks, rounds, registry, clock) for group in groups)
+
+
+def _compare_group(
+    wanted: Wanted,
+    layer_group: int,
+    buckets: Sequence[Bucket],
+    ranks: Ranks,
+    rounds: int,
+    registry: BackendRegistry,
+    clock: Clock,
 ) -> Comparison:
     guard, group = ranks.guard, ranks.group
-    layout = RankLayout(group.size, group.rank)
-    wanted = guard.together("tuning", lambda: _wanted(layers, model, layout, ranks.device))
-    spec = wanted.spec
-    field = guard.together("tuning", lambda: enter(wanted, registry))
+    spec = wanted.groups.specs[layer_group]
+    field = guard.together("tuning", lambda: enter(wanted, spec, registry))
     guard.agree("tune", {**field.fingerprint, "candidates": ", ".join(field.contenders)})
     rows: list[Measurement] = []
     for bucket in served(buckets, spec):  # ranks keep step, so that all of them load the machine at once
@@ -83,7 +98,8 @@ def _compare(
     everyone = [rows_from_bytes(data) for data in group.all_gather_bytes(rows_to_bytes(rows))]
     keys = dict.fromkeys(key.decode() for key in group.all_gather_bytes(spec_key(spec).encode()))
     return Comparison(
-        of=wanted.of,
+        of=wanted.of if len(wanted.groups.specs) == 1 else f"{wanted.groups.named(layer_group)} of {wanted.of}",
+        layers=wanted.groups.layers(layer_group),
         device=str(ranks.device),
         num_ranks=group.size,
         rounds=rounds,
@@ -94,12 +110,12 @@ def _compare(
     )
 
 
-def enter(wanted: Wanted, registry: BackendRegistry) -> Field:
+def enter(wanted: Wanted, spec: AttentionSpec, registry: BackendRegistry) -> Field:
     """Judge every candidate as an engine would, and construct the able ones, or the one that was asked for.
 
     Raises `BackendUnavailableError` if that one cannot serve, or if none can.
     """
-    spec, requested = wanted.spec, wanted.merged.inference.attention.backend
+    requested = wanted.merged.inference.attention.backend
     survey = make_survey(spec.device, registry)
     is_open = requested in ("auto", TUNED)
     select(spec, "auto" if is_open else requested, survey)
@@ -117,7 +133,7 @@ def enter(wanted: Wanted, registry: BackendRegistry) -> Field:
             contenders[name] = construct(registry.get(name), spec, options)
         except BackendUnavailableError as exc:
             contenders[name] = exc
-    return Field(contenders, refused, fingerprint_of(survey, spec))
+    return Field(contenders, refused, fingerprint_of(survey, spec, wanted.merged.inference.attention.options))
 
 
 def _wanted(layers: Layers, model: str | None, layout: RankLayout, device: torch.device) -> Wanted:

@@ -6,6 +6,7 @@ import importlib
 import re
 import subprocess
 import sys
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -14,12 +15,14 @@ import torch
 
 from inference_shardformer.attention import selector
 from inference_shardformer.attention.base import AttentionSpec, Reason
+from inference_shardformer.attention.cpu import CpuAttention
 from inference_shardformer.attention.reference import ReferenceAttention
 from inference_shardformer.attention.sdpa import SdpaAttention
-from inference_shardformer.attention.selector import Selection, build, judge
-from inference_shardformer.attention.survey import BACKENDS, BackendRegistry, make_registry, make_survey
+from inference_shardformer.attention.selector import Selection, Verdict, build, judge
+from inference_shardformer.attention.survey import BACKENDS, BackendRegistry, Survey, make_registry, make_survey
 from inference_shardformer.conformance.cases import MIXED, Case
 from inference_shardformer.errors import BackendUnavailableError, CapacityError, PluginError
+from inference_shardformer.kernels.cpu.library import NativeProblem
 from inference_shardformer.plugins import Registry
 from inference_shardformer.probing.requirement import Requirement
 
@@ -27,9 +30,23 @@ CPU = torch.device("cpu")
 SPEC = Case(MIXED).spec(CPU)
 
 
+def survey_of(registry: BackendRegistry, native: Reason | None = None) -> Survey:
+    """This machine, with native kernels or the reason why there are none, whether it has them or not."""
+    return replace(make_survey(CPU, registry), native=native)
+
+
 def select(spec: AttentionSpec, requested: str, registry: BackendRegistry = BACKENDS) -> Selection:
-    """Choose on this machine."""
-    return selector.select(spec, requested, make_survey(CPU, registry))
+    """Choose on this machine, as if it had native kernels."""
+    return selector.select(spec, requested, survey_of(registry))
+
+
+def _verdict(name: str, selection: Selection) -> Verdict:
+    (found,) = (verdict for verdict in selection.verdicts if verdict.name == name)
+    return found
+
+
+def _in(shown: Collection[str], verdicts: Sequence[Verdict]) -> list[str]:
+    return [verdict.name for verdict in verdicts if verdict.name in shown]
 
 
 class Picky(ReferenceAttention):
@@ -59,11 +76,30 @@ def registry() -> BackendRegistry:
 class TestSelect:
     def test_auto_takes_the_first_that_can_serve(self, registry):
         selection = select(SPEC, "auto", registry)
+        assert selection.name == "cpu"
+        able = [verdict.name for verdict in selection.verdicts if not verdict.reasons]
+        assert able == ["cpu", "sdpa", "reference"]
+
+    def test_without_native_kernels_it_is_sdpa_and_the_verdict_says_why(self, registry):
+        missing = Reason("native_build", "no compiler", "install g++")
+        selection = selector.select(SPEC, "auto", survey_of(registry, missing))
         assert selection.name == "sdpa"
-        assert [(verdict.name, verdict.reasons) for verdict in selection.verdicts] == [("sdpa", ()), ("reference", ())]
+        assert selection.verdicts[0].reasons == (missing,)
+        with pytest.raises(
+            BackendUnavailableError, match=r"'cpu' cannot serve.*no compiler \[native_build\]"
+        ) as caught:
+            selector.select(SPEC, "cpu", survey_of(registry, missing))
+        assert "install g++" in caught.value.remedy
+
+    def test_a_survey_asks_the_library_that_is_there(self, registry, monkeypatch):
+        problem = NativeProblem("native_missing", "never built", "build it")
+        monkeypatch.setattr("inference_shardformer.attention.survey.native_problem", lambda: problem)
+        assert make_survey(CPU, registry).native == Reason("native_missing", "never built", "build it")
+        monkeypatch.setattr("inference_shardformer.attention.survey.native_problem", lambda: None)
+        assert make_survey(CPU, registry).native is None
 
     def test_default_registry_serves(self):
-        assert isinstance(build(select(SPEC, "auto"), SPEC), SdpaAttention)
+        assert isinstance(build(selector.select(SPEC, "auto", make_survey(CPU)), SPEC), CpuAttention | SdpaAttention)
 
     def test_a_name_is_used(self, registry):
         selection = select(SPEC, "reference", registry)
@@ -75,19 +111,19 @@ class TestSelect:
         with pytest.raises(BackendUnavailableError, match=r"'picky' cannot serve.*not to its taste") as caught:
             select(SPEC, "picky", registry)
         assert "use head_dim 7" in caught.value.remedy
-        assert "sdpa, reference" in caught.value.remedy
+        assert "cpu, sdpa, reference" in caught.value.remedy
 
     def test_auto_passes_over_a_refusing_plugin_and_says_so(self, registry):
         registry.register("picky", Picky)
         selection = select(SPEC, "auto", registry)
-        assert selection.name == "sdpa"
+        assert selection.name == "cpu"
         explained = selection.explain()
-        assert "attention backend sdpa (asked for: auto)" in explained
+        assert "attention backend cpu (asked for: auto)" in explained
         assert "picky: head_dim 16 is not to its taste [mood]" in explained
         assert "reference: could serve" in explained
 
     def test_unknown_name_gets_a_suggestion_and_the_list(self, registry):
-        with pytest.raises(BackendUnavailableError, match=r"did you mean 'sdpa'\? \(known: sdpa, reference\)"):
+        with pytest.raises(BackendUnavailableError, match=r"did you mean 'sdpa'\? \(known: sdpa, cpu, .*reference\)"):
             select(SPEC, "spda", registry)
 
     def test_nothing_can_serve(self, registry):
@@ -106,15 +142,19 @@ class TestSelect:
     def test_plugins_stand_between_the_preferred_and_the_reference(self, registry):
         registry.register("zeta", Picky)
         registry.register("alpha", Picky)
-        survey = make_survey(CPU, registry)
-        assert [verdict.name for verdict in judge(SPEC, survey)] == ["sdpa", "alpha", "zeta", "reference"]
+        survey = survey_of(registry)
+        shown = ("cpu", "sdpa", "alpha", "zeta", "reference")  # beside backends of ours for other devices
+        assert _in(shown, judge(SPEC, survey)) == ["cpu", "sdpa", "alpha", "zeta", "reference"]
+        assert judge(SPEC, survey)[-1].name == "reference"
         elsewhere = replace(SPEC, device=torch.device("xpu"))
-        assert [verdict.name for verdict in judge(elsewhere, survey)] == ["alpha", "sdpa", "zeta", "reference"]
+        assert _in(shown, judge(elsewhere, survey)) == ["alpha", "cpu", "sdpa", "zeta", "reference"]
 
     def test_candidates_name_their_origin(self, registry):
         registry.register("picky", Picky, origin="a test")
         candidates = select(SPEC, "auto", registry).candidates()
-        assert candidates.startswith("sdpa (inference_shardformer.attention.sdpa:SdpaAttention), picky (a test), ")
+        ours = "cpu (inference_shardformer.attention.cpu:CpuAttention), sdpa "
+        assert candidates.startswith(f"{ours}(inference_shardformer.attention.sdpa:SdpaAttention), ")
+        assert ", picky (a test), " in candidates
 
     def test_same_facts_same_selection(self, registry):
         assert select(SPEC, "auto", registry) == select(SPEC, "auto", registry)
@@ -131,8 +171,7 @@ class TestPlugins:
     )
     def test_a_broken_plugin_is_a_verdict_until_asked_for(self, registry, target, words):
         registry.register("broken", target)
-        verdict = select(SPEC, "auto", registry).verdicts[1]
-        assert verdict.name == "broken"
+        verdict = _verdict("broken", select(SPEC, "auto", registry))
         assert verdict.reasons[0].code == "plugin"
         assert re.search(words, verdict.reasons[0].message)
         with pytest.raises(PluginError, match=words):
@@ -176,8 +215,8 @@ class TestInstalledPlugins:
 
     def test_one_that_would_crash_us_is_a_verdict(self, installed):
         registry = installed("crashing_plugin", "import os\nos.kill(os.getpid(), 11)\n")
-        verdict = select(SPEC, "auto", registry).verdicts[1]
-        assert (verdict.name, verdict.reasons[0].code) == ("plugged", "plugin")
+        verdict = _verdict("plugged", select(SPEC, "auto", registry))
+        assert verdict.reasons[0].code == "plugin"
         assert "its import crashed with SIGSEGV" in verdict.reasons[0].message
         assert "crashing_plugin" not in sys.modules
         with pytest.raises(PluginError, match=r"of crashing_plugin 1.2 failed to load: .* crashed with SIGSEGV"):
@@ -191,7 +230,7 @@ class TestInstalledPlugins:
     def test_one_that_fails_only_here_is_a_verdict_with_its_cause(self, installed):
         here_only = "import sys\nif 'pytest' in sys.modules: raise OSError('only here')\nBackend = object\n"
         registry = installed("moody_plugin", here_only)
-        assert "OSError: only here" in select(SPEC, "auto", registry).verdicts[1].reasons[0].message
+        assert "OSError: only here" in _verdict("plugged", select(SPEC, "auto", registry)).reasons[0].message
         with pytest.raises(PluginError, match="OSError: only here") as caught:
             select(SPEC, "plugged", registry)
         assert isinstance(caught.value.__cause__, OSError)
@@ -210,7 +249,9 @@ class TestSurvey:
             raise AssertionError("a process was started")
 
         monkeypatch.setattr(subprocess, "Popen", started)
-        assert [candidate.name for candidate in make_survey(CPU, registry).candidates] == ["sdpa", "reference"]
+        names = [candidate.name for candidate in make_survey(CPU, registry).candidates]
+        assert names[:2] == ["sdpa", "cpu"]
+        assert names[-1] == "reference"
 
     def test_a_library_for_another_device_is_not_probed(self, monkeypatch, registry):
         class NeedsCuda(Picky):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from backend_zoo.claims import CannotBeBuilt, KeysInBfloat16
 from backend_zoo.hooks import SoundGraphs
+from backend_zoo.layouts import SoundHnd
 from backend_zoo.sound import SoundAttention
 from backend_zoo.specimens import SPECIMENS, Specimen
 
@@ -24,7 +25,9 @@ def test_is_caught_by_the_intended_trial(specimen: Specimen) -> None:
         assert specimen.spared in passed
 
 
-@pytest.mark.parametrize("backend", [SoundAttention, SoundGraphs, KeysInBfloat16], ids=lambda backend: backend.name)
+@pytest.mark.parametrize(
+    "backend", [SoundAttention, SoundGraphs, SoundHnd, KeysInBfloat16], ids=lambda backend: backend.name
+)
 def test_a_sound_backend_passes_everything(backend) -> None:
     result = run_suite(backend, without=() if backend is SoundAttention else SLOW)
     assert not result.failures

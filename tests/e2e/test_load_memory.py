@@ -34,5 +34,7 @@ def test_each_rank_reads_and_holds_its_share(tmp_path: Path) -> None:
     share = (whole - replicated) // 2 + replicated
     for rank in (0, 1):
         report = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert report["planned"] == report["held"] == report["read"] == share
-        assert report["peak"] <= 1.1 * share
+        assert report["planned"] == report["held"]
+        assert report["read"] == share
+        assert share <= report["planned"] <= 1.01 * share  # what a kernel pads
+        assert report["peak"] <= 1.1 * report["planned"]

@@ -21,10 +21,13 @@ DECIDED = {
     "shard.tp_size": ("tp_size", 2),
     "shard.device": ("device", "cpu"),
     "shard.threads_per_rank": ("threads_per_rank", 3),
+    "shard.all_reduce": ("all_reduce", "shm"),
     "inference.dtype": ("dtype", "bf16"),
     "inference.max_model_len": ("max_model_len", 128),
     "inference.attention.backend": ("attention_backend", "sdpa"),
     "inference.cache.num_blocks": ("num_blocks", 77),
+    "inference.cache.block_size": ("block_size", 32),
+    "inference.graphs": ("graphs", 24),
 }
 
 

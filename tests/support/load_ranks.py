@@ -36,7 +36,8 @@ def main(small: Path, checkpoint: Path, out: Path) -> None:
         peak = peak_rss() - before
         sharded = shardformer.sharded
         held = sum(parameter.nbytes for parameter in sharded.model.parameters())
-        report = {"planned": sharded.plan.num_bytes(2), "held": held, "read": sharded.bytes_read, "peak": peak}
+        planned = sharded.rank_bytes[dist.get_rank()]
+        report = {"planned": planned, "held": held, "read": sharded.bytes_read, "peak": peak}
     (out / f"{dist.get_rank()}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
 

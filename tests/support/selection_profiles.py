@@ -14,10 +14,21 @@ from typing import Any, ClassVar
 
 import torch
 
-from inference_shardformer.attention.base import AttentionCapabilities, AttentionSpec, Feature, Requirement, Sizes
+from inference_shardformer.attention.base import (
+    AttentionCapabilities,
+    AttentionSpec,
+    Feature,
+    Reason,
+    Requirement,
+)
+from inference_shardformer.attention.flash_attn import FlashAttnAttention
+from inference_shardformer.attention.flash_attn4 import FlashAttn4Attention
+from inference_shardformer.attention.flashinfer import FlashInferAttention
 from inference_shardformer.attention.reference import ReferenceAttention
 from inference_shardformer.attention.selector import judge
 from inference_shardformer.attention.survey import Candidate, Survey, load_candidates, make_registry
+from inference_shardformer.attention.triton import TritonAttention
+from inference_shardformer.attention.varlen import VarlenAttention
 from inference_shardformer.probing.facts import CpuFacts, DeviceFacts, HostFacts
 from inference_shardformer.probing.requirement import ProbeResult
 
@@ -26,83 +37,14 @@ _HALF = (torch.float16, torch.bfloat16)
 _EVERYTHING = frozenset(Feature) - {Feature.GRAPHS}
 
 
-class FlashTwo(ReferenceAttention):
-    """As flash-attn 2: Ampere and later, half precision, pages of 256 tokens."""
+class XpuLike(ReferenceAttention):
+    """As kernels of a plug-in for Intel devices."""
 
-    name: ClassVar[str] = "flash2"
+    name: ClassVar[str] = "xpu"
     capabilities = AttentionCapabilities(
-        devices=("cuda",),
-        dtypes=_HALF,
-        head_dims=Sizes.multiples_of(8, high=256),
-        block_sizes=Sizes.multiples_of(256),
-        features=_EVERYTHING - {Feature.SINKS},
+        devices=("xpu",), dtypes=(torch.float32, *_HALF), features=_EVERYTHING - {Feature.SOFTCAP}
     )
-    requires = (
-        Requirement(
-            "flash_attn",
-            "pip install 'flash-attn>=2.6' --no-build-isolation",
-            min_version="2.6",
-            names=("flash_attn_with_kvcache",),
-            platforms=("cuda",),
-            min_capability=(8, 0),
-        ),
-    )
-
-
-class FlashFour(ReferenceAttention):
-    """As flash-attn 4: Hopper and later, its kernels compiled at run time by another library."""
-
-    name: ClassVar[str] = "flash4"
-    capabilities = AttentionCapabilities(
-        devices=("cuda",), dtypes=_HALF, head_dims=Sizes.multiples_of(8, high=256), features=_EVERYTHING
-    )
-    requires = (
-        Requirement(
-            "flash_attn.cute.interface",
-            "pip install flash-attn-4",
-            distribution="flash-attn-4",
-            platforms=("cuda",),
-            min_capability=(9, 0),
-        ),
-        Requirement("cutlass", "pip install nvidia-cutlass-dsl", min_version="4.6.2", platforms=("cuda",)),
-    )
-
-
-class FlashInfer(ReferenceAttention):
-    """As FlashInfer: Turing and later, some page sizes and group sizes."""
-
-    name: ClassVar[str] = "flashinfer"
-    capabilities = AttentionCapabilities(
-        devices=("cuda",),
-        dtypes=_HALF,
-        head_dims=Sizes.only(64, 128, 256),
-        gqa_ratios=Sizes.only(1, 2, 4, 8),
-        features=_EVERYTHING - {Feature.SINKS},
-    )
-    requires = (
-        Requirement(
-            "flashinfer",
-            "pip install flashinfer-python",
-            distribution="flashinfer-python",
-            min_version="0.2",
-            platforms=("cuda",),
-            min_capability=(7, 5),
-        ),
-    )
-
-
-class TritonLike(ReferenceAttention):
-    """As kernels in Triton: NVIDIA, AMD and Intel devices."""
-
-    name: ClassVar[str] = "triton"
-    capabilities = AttentionCapabilities(
-        devices=("cuda", "xpu"), dtypes=(torch.float32, *_HALF), features=_EVERYTHING - {Feature.SOFTCAP}
-    )
-    requires = (
-        Requirement(
-            "triton", "pip install triton", "triton", "3.0", platforms=("cuda", "rocm", "xpu"), min_capability=(7, 0)
-        ),
-    )
+    requires = (Requirement("xpu_kernels", "pip install xpu-kernels", platforms=("xpu",)),)
 
 
 class AmxLike(ReferenceAttention):
@@ -123,18 +65,25 @@ class VectorLike(ReferenceAttention):
     requires = (Requirement("vector_kernels", "pip install vector-kernels", platforms=("cpu",), isa=("avx512f",)),)
 
 
-FAKES = (FlashTwo, FlashFour, FlashInfer, TritonLike, AmxLike, VectorLike)
-LIBRARIES = {requirement.module: requirement for fake in FAKES for requirement in fake.requires}
+FAKES = (XpuLike, AmxLike, VectorLike)
+# Those of ours that need a library.
+OURS = (FlashAttnAttention, FlashAttn4Attention, FlashInferAttention, TritonAttention, VarlenAttention)
+NEEDY = (*OURS, *FAKES)
+LIBRARIES = {requirement.module: requirement for each in NEEDY for requirement in each.requires}
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A machine, what its libraries turned out to be (those not named are missing), and a spec beside the usual one."""
+    """A machine, what its libraries turned out to be (those not named are missing), and a spec beside the usual one.
+
+    `native` is why it has no native kernels; by default it has them.
+    """
 
     host: HostFacts
     device: str
     libraries: Mapping[str, ProbeResult] = field(default_factory=dict)
     spec: Mapping[str, Any] = field(default_factory=dict)
+    native: Reason | None = None
 
     def attention_spec(self) -> AttentionSpec:
         """Eight key heads for thirty-two query heads of 128, in bf16 on accelerators and fp32 on a CPU."""
@@ -153,7 +102,7 @@ class Profile:
         probes = {
             requirement: self.libraries.get(module, absent(requirement)) for module, requirement in LIBRARIES.items()
         }
-        return Survey(self.host, candidates(), probes)
+        return Survey(self.host, candidates(), probes, self.native)
 
     def outcome(self) -> dict[str, Any]:
         """What selection makes of it: the winner of `auto`, and every candidate's reason codes in order."""
@@ -170,6 +119,7 @@ class Profile:
             "device": self.device,
             "spec": spec,
             "libraries": {name: f"{each.status} {each.version}" for name, each in sorted(self.libraries.items())},
+            "native_kernels": "ok" if self.native is None else self.native.code,
             **self.outcome(),
         }
         return json.dumps(document, indent=2) + "\n"
@@ -215,11 +165,14 @@ RTX3090 = DeviceFacts("cuda", "NVIDIA GeForce RTX 3090", (8, 6), 24 << 30)
 L40S = DeviceFacts("cuda", "NVIDIA L40S", (8, 9), 48 << 30)
 H100 = DeviceFacts("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 80 << 30)
 B200 = DeviceFacts("cuda", "NVIDIA B200", (10, 0), 180 << 30)
+RTX5090 = DeviceFacts("cuda", "NVIDIA GeForce RTX 5090", (12, 0), 32 << 30)
 MI300X = DeviceFacts("rocm", "AMD Instinct MI300X", None, 192 << 30)
 MAX1550 = DeviceFacts("xpu", "Intel Data Center GPU Max 1550", None, 64 << 30)
 
-GPU_LIBRARIES = _working("flash_attn", "flash_attn.cute.interface", "cutlass", "flashinfer", "triton")
+_VARLEN = "torch.nn.attention.varlen"
+GPU_LIBRARIES = _working("flash_attn", "flash_attn.cute.interface", "flashinfer", "triton", _VARLEN)
 CPU_LIBRARIES = _working("amx_kernels", "vector_kernels")
+_NO_COMPILER = Reason("native_build", "the native CPU kernels could not be built: no C++ compiler", "install g++")
 _PAGES = {"block_size": 256}
 _BF16 = {"dtype": torch.bfloat16}
 
@@ -231,6 +184,8 @@ PROFILES: dict[str, Profile] = {
     "cpu_amx_fp32": Profile(_host(SAPPHIRE), "cpu", CPU_LIBRARIES),
     "cpu_epyc_bf16": Profile(_host(EPYC), "cpu", CPU_LIBRARIES, _BF16),
     "cpu_aarch64": Profile(_host(GRAVITON), "cpu", CPU_LIBRARIES, _BF16),
+    "cpu_without_native": Profile(_host(SKYLAKE), "cpu", CPU_LIBRARIES, native=_NO_COMPILER),
+    "cpu_head_dim_512": Profile(_host(SAPPHIRE), "cpu", spec={"head_dim": 512}),
     "cpu_fp64": Profile(_host(SKYLAKE), "cpu", CPU_LIBRARIES, {"dtype": torch.float64}),
     "cpu_beside_a_gpu": Profile(_host(SAPPHIRE, H100), "cpu", GPU_LIBRARIES | CPU_LIBRARIES),
     "cuda_absent": Profile(_host(SKYLAKE), "cuda", GPU_LIBRARIES),
@@ -251,19 +206,18 @@ PROFILES: dict[str, Profile] = {
     "cuda_sm80_too_old": Profile(
         _host(EPYC, A100),
         "cuda",
-        GPU_LIBRARIES | _failing("triton", "too_old", "2.1.0", "triton 2.1.0 is older than 3.0"),
+        GPU_LIBRARIES | _failing("triton", "too_old", "2.1.0", "triton 2.1.0 is older than 3.1"),
     ),
     "cuda_sm86_gqa_of_6": Profile(
         _host(SKYLAKE, RTX3090), "cuda", GPU_LIBRARIES, {"num_heads": 48, "num_kv_heads": 8, **_PAGES}
     ),
     "cuda_sm89": Profile(_host(EPYC, L40S), "cuda", GPU_LIBRARIES, _PAGES),
     "cuda_sm90": Profile(_host(SAPPHIRE, H100, H100), "cuda:1", GPU_LIBRARIES, _PAGES),
-    "cuda_sm90_without_compiler": Profile(
-        _host(SAPPHIRE, H100),
-        "cuda",
-        {name: GPU_LIBRARIES[name] for name in GPU_LIBRARIES if name != "cutlass"},
-        _PAGES,
+    "cuda_sm90_torch_alone": Profile(_host(SAPPHIRE, H100), "cuda", _working(_VARLEN), _PAGES),
+    "cuda_sm90_old_torch": Profile(
+        _host(SAPPHIRE, H100), "cuda", _failing(_VARLEN, "too_old", "2.9.1", "torch 2.9.1 is older than 2.13"), _PAGES
     ),
+    "cuda_sm90_small_pages": Profile(_host(SAPPHIRE, H100), "cuda", GPU_LIBRARIES),
     "cuda_sm90_crash": Profile(
         _host(SAPPHIRE, H100),
         "cuda",
@@ -272,11 +226,12 @@ PROFILES: dict[str, Profile] = {
     "cuda_sm90_softcap": Profile(_host(SAPPHIRE, H100), "cuda", GPU_LIBRARIES, {"softcap": 50.0, **_PAGES}),
     "cuda_sm90_odd_head_dim": Profile(_host(SAPPHIRE, H100), "cuda", GPU_LIBRARIES, {"head_dim": 100, **_PAGES}),
     "cuda_sm100": Profile(_host(SAPPHIRE, B200), "cuda", GPU_LIBRARIES, _PAGES),
+    "cuda_sm120": Profile(_host(EPYC, RTX5090), "cuda", GPU_LIBRARIES),
     "cuda_mixed_generations": Profile(_host(EPYC, A100, T4), "cuda:1", GPU_LIBRARIES, _PAGES),
     "rocm": Profile(_host(EPYC, MI300X), "cuda", GPU_LIBRARIES, _PAGES),
     "rocm_bare": Profile(_host(EPYC, MI300X), "cuda"),
     "mps": Profile(_host(APPLE, DeviceFacts("mps", "arm")), "mps"),
-    "xpu": Profile(_host(SAPPHIRE, MAX1550), "xpu", _working("triton")),
+    "xpu": Profile(_host(SAPPHIRE, MAX1550), "xpu", _working("xpu_kernels")),
     "xpu_bare": Profile(_host(SAPPHIRE, MAX1550), "xpu"),
 }
 

@@ -40,6 +40,7 @@ def _facts(backend: type[AttentionBackend]) -> dict[str, str]:
         **features,
         "layout of the cache": f"`{declared.kv_layout.value}`",
         "foreign libraries": ", ".join(f"`{each.module}`" for each in backend.requires) or "none",
+        "native CPU kernels": "needed" if declared.needs_native else "not needed",
         "contract": str(backend.contract_version),
     }
 

@@ -21,6 +21,7 @@ from inference_shardformer.errors import InferenceShardformerError
 
 INFERENCE = {
     "dtype": "fp32",
+    "attention": {"backend": "sdpa"},
     "cache": {"block_size": 4, "num_blocks": 26},
     "scheduler": {"max_num_seqs": 6, "max_num_batched_tokens": 16},
 }
@@ -74,7 +75,7 @@ def run(engine: InferenceEngine, prompts: list[list[int]], switches: dict[int, s
             if number % 2:  # an update of the configuration that is asked for behind it
                 engine.update_config({"scheduler.max_num_seqs": 3 + number % 4})
         tokens.update({output.request_id: list(output.token_ids) for output in engine.step()})
-        used.append(f"{engine._runner.backend.name} {engine.config['inference.attention.backend']}")
+        used.append(f"{'+'.join(engine._runner.attention.names)} {engine.config['inference.attention.backend']}")
         number += 1
     return {
         "tokens": [tokens[str(index)] for index in range(len(prompts))],

@@ -20,9 +20,10 @@ from inference_shardformer.attention.reference import ReferenceAttention
 from inference_shardformer.attention.sdpa import SdpaAttention
 from inference_shardformer.attention.survey import BackendRegistry, make_registry
 from inference_shardformer.kernels import reference as kernels
+from inference_shardformer.kernels.cpu.library import native_problem
 from inference_shardformer.kv_cache.cache import LayerKVCache, PagedKVCache
 
-SERVING = ("reference", "sdpa", "transposed")
+SERVING = ("reference", "sdpa", "transposed", *(("cpu",) if native_problem() is None else ()))
 
 
 class TransposedAttention(AttentionBackend):

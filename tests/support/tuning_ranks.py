@@ -24,7 +24,7 @@ def main() -> None:
     wrong = scripted("wrong", seconds=priced(0.125), error=0.5 if is_second else 0.0)
     layers = gather(ConfigSources(environ={}), ShardConfig(device="cpu"), InferenceConfig(dtype="fp32"))
     registry = registry_of(even, uneven, wrong, alone=True)
-    found = compare_backends(layers, None, BUCKETS, rounds=2, registry=registry, clock=CLOCK)
+    (found,) = compare_backends(layers, None, BUCKETS, rounds=2, registry=registry, clock=CLOCK)
     print(json.dumps(found.to_json()), flush=True)
 
 

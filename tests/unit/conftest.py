@@ -188,7 +188,7 @@ class Setup:
             ContextModel(backend, vocab_range, local_vocab, self.alphabet, fail_at=self.fail_at, poison=self.poison),
             facts=self.facts(),
             config=self.config(),
-            backend=backend,
+            attention=backend,
             kv_cache=PagedKVCache(
                 KVCacheSpec(1, 1, 1, self.block_size, torch.float32), num_blocks=self.num_blocks, device=CPU
             ),

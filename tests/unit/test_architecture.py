@@ -19,14 +19,15 @@ ALLOWED = {
     "config": {"errors"},
     "plugins": {"errors"},
     "kernels": set(),
-    "distributed": {"errors"},
-    "kv_cache": BASE,
-    "layers": {"distributed", "kernels", "errors"},
+    "distributed": {"errors", "kernels"},  # sums through shared memory are native
+    "kv_cache": BASE | {"kernels"},  # memory that is touched only when it is written
+    "layers": {"compute", "distributed", "kernels", "errors"},
     "probing": set(),
     "attention": BASE | {"kernels", "kv_cache", "plugins", "probing"},
+    "compute": {"attention", "distributed", "kernels", "kv_cache", "plugins", "probing", "errors"},
     "sharding": BASE | {"distributed"},
-    "modeling": {"layers", "attention", "distributed", "kv_cache", "errors"},
-    "policies": BASE | {"modeling", "layers", "sharding", "plugins", "attention", "distributed"},
+    "modeling": {"compute", "layers", "attention", "distributed", "kv_cache", "errors"},
+    "policies": BASE | {"modeling", "layers", "sharding", "plugins", "attention", "compute", "distributed"},
     "conformance": {"attention", "kv_cache", "errors"},
     "engine": BASE | {"attention", "kv_cache", "distributed"},
     # The command line speaks through public names; beside them it reads a model's facts and starts ranks.
@@ -40,6 +41,8 @@ ALLOWED = {
         "doctor",
         "probing",
         "explaining",
+        "planning",
+        "resolving",
         "tuning",
     },
 }

@@ -13,7 +13,7 @@ TEXT = DOCUMENT.read_text(encoding="utf-8")
 
 def test_the_matrix_is_current():
     assert with_matrix(TEXT) == TEXT, "python tests/support/support_matrix.py"
-    assert "| `sdpa` | `reference` |" in matrix()
+    assert "| `sdpa` | `cpu` | `flash_attn` | " in matrix()
 
 
 def test_every_code_of_the_golden_files_is_explained():

@@ -47,7 +47,7 @@ CASES: list[tuple[str, str, str, str]] = [
     *[(f"strict={value}", f"{I}.strict", "true or false", "true") for value in ("1", "very")],
     ("attention.backend=''", f"{I}.attention.backend", "text, not empty", "auto"),
     ("attention.backend=3", f"{I}.attention.backend", "text, not empty", "auto"),
-    *[(f"cache.block_size={value}", f"{CACHE}.block_size", SIZE, "16") for value in ("0", "1025", "16.0", "auto")],
+    *[(f"cache.block_size={value}", f"{CACHE}.block_size", SIZE, "auto") for value in ("0", "1025", "16.0", "Auto")],
     *[(f"cache.num_blocks={value}", f"{CACHE}.num_blocks", COUNT, "auto") for value in ("0", "0.5", "many")],
     *[
         (f"cache.memory_limit={value}", f"{CACHE}.memory_limit", "an integer, above 1, or a number", "auto")
@@ -92,7 +92,7 @@ CASES: list[tuple[str, str, str, str]] = [
     (
         "attention.options.spda.x=1",
         f"{I}.attention.options.spda.x",
-        "of a known backend: unknown attention backend",
+        "of a plug-in that can be used: unknown attention backend",
         "name",
     ),
     # the model, the ranks, the machine

@@ -42,7 +42,7 @@ def test_what_was_decided_never_reads_auto(store):
 
 
 def test_every_decided_value_of_a_resolved_config_is_read_through_the_store():
-    known = {"shard", "inference", "decisions", *(name for name, _ in DECIDED.values())}
+    known = {"shard", "inference", "decisions", "kernels", *(name for name, _ in DECIDED.values())}
     assert {field.name for field in dataclasses.fields(ResolvedConfig)} == known
 
 

@@ -25,14 +25,17 @@ from inference_shardformer.doctor.report import (
     BackendReport,
     CpuUse,
     Memory,
+    NativeReport,
     ProofReport,
     RankReport,
     ReasonReport,
 )
 from inference_shardformer.errors import EnvironmentMismatchError, TensorParallelSizeError
+from inference_shardformer.kernels.cpu import library
 from inference_shardformer.probing.facts import CpuFacts, DeviceFacts, HostFacts
 from inference_shardformer.probing.requirement import Requirement
 
+UNBUILT = NativeReport("/k.so", problem=ReasonReport("native_build", "g++ failed", "install another compiler"))
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -48,6 +51,7 @@ def report(rank: int = 0, **changes) -> RankReport:
         device="cpu",
         device_reason="no CUDA device is present",
         cpu_use=CpuUse(8, None, 4, "8 cores shared by 2 ranks", ("/torch/lib/libgomp.so.1",)),
+        native=NativeReport("/k/_native.so", "avx2", ("portable", "avx2")),
         memory=Memory(2**34, 2**33 + rank, None),
         environment={"RANK": str(rank), "WORLD_SIZE": "2"},
         plugins={},
@@ -144,15 +148,17 @@ class TestWarnings:
                 "2 OpenMP runtimes are loaded",
             ),
             ({"host": HostFacts(CpuFacts("x86_64", "Xeon"))}, "neither gloo nor nccl"),
+            ({"native": UNBUILT}, "not used: g++ failed; to use them, install another compiler"),
+            ({"native": NativeReport("/k.so", "avx2", ("avx2",), True)}, "/k.so was built from other sources: run"),
         ],
     )
     def test_a_line_each(self, changes, said):
         (line,) = warnings_of([report(0, **changes), report(1, **changes)])
         assert said in line
 
-    def test_a_gpu_rank_needs_no_cores(self):
-        use = CpuUse(8, None, 1, "")
-        assert warnings_of([report(0, device="cuda:0", cpu_use=use, environment={"OMP_NUM_THREADS": "1"})]) == ()
+    def test_a_gpu_rank_needs_no_cores_and_no_cpu_kernels(self):
+        changes = {"cpu_use": CpuUse(8, None, 1, ""), "environment": {"OMP_NUM_THREADS": "1"}, "native": UNBUILT}
+        assert warnings_of([report(0, device="cuda:0", **changes)]) == ()
 
 
 class TestFindings:
@@ -208,6 +214,17 @@ class TestView:
     def test_no_differences_are_said_to_be_none(self):
         assert "every rank found the same" in doctor_view.as_text(Findings((report(0), report(1))), 80)
         assert "differences" not in doctor_view.as_text(Findings((report(0),)), 80)
+
+    @pytest.mark.parametrize(
+        ("native", "said"),
+        [
+            (report().native, "kernels for avx2 (of portable, avx2)\n"),
+            (replace(report().native, is_stale=True), "kernels for avx2 (of portable, avx2), built from other sources"),
+            (UNBUILT, "no kernels: g++ failed [native_build]"),
+        ],
+    )
+    def test_native_kernels_or_why_there_are_none(self, native, said):
+        assert said in doctor_view.as_text(Findings((report(0, native=native),)), 100)
 
     def test_a_device_shows_its_capability_and_memory(self):
         host = HostFacts(CpuFacts("x86_64", "Xeon"), (DeviceFacts("cuda", "H100", (9, 0), 80 << 30),))
@@ -267,7 +284,7 @@ class TestCollect:
     def test_this_machine(self, registry):
         found = collected(registry)
         assert found.attention.can_serve
-        assert found.attention.chosen == "sdpa"
+        assert found.attention.chosen == ("cpu" if found.native.problem is None else "sdpa")
         assert found.attention.proof.seconds > 0
         assert found.versions["torch"] == torch.__version__
         assert found.plugins == {"needs_library": "a test", "wrong": "a test"}
@@ -289,7 +306,7 @@ class TestCollect:
             found = collected(registry, inference__attention__backend=name)
             assert found.attention.proof.outcome == "not run"
             assert said in found.attention.proof.detail
-            assert len(found.attention.backends) == 4
+            assert {each.name for each in found.attention.backends} == set(registry.names())
 
     def test_the_spec_of_a_model(self, registry, tmp_path):
         facts = {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48, "intermediate_size": 96}
@@ -319,10 +336,20 @@ class TestCollect:
         assert "the launcher's variables are incomplete" in found.problems[0]
         assert "torch sees no CUDA device" in found.problems[1]
         assert all(each.verdict == "refused" for each in found.attention.backends)
-        assert {"device_missing"} == {each.reasons[0].code for each in found.attention.backends}
+        codes = {each.name: {reason.code for reason in each.reasons} for each in found.attention.backends}
+        assert "device" in codes.pop("cpu")  # it is for CPUs alone
+        assert all("device_missing" in found or "device" in found for found in codes.values())
 
 
 class TestMachine:
+    def test_native_kernels_are_there_or_the_reason_why_not(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(library, "FOLDER", tmp_path)
+        found = machine.native_kernels()
+        assert found.problem.code == "native_missing"
+        assert found.problem.remedy == "with a C++ compiler, run python -m inference_shardformer.kernels.cpu.build"
+        assert found.path == str(tmp_path / "_native.so")
+        assert (found.isa_level, found.isa_levels) == ("", ())
+
     @pytest.mark.parametrize(("text", "quota"), [("max 100000", None), ("150000 100000", 1.5), ("", None)])
     def test_core_quota(self, tmp_path, text, quota):
         (tmp_path / "cpu.max").write_text(text)

@@ -18,6 +18,7 @@ from inference_shardformer.attention.contract import contract_problem
 from inference_shardformer.attention.reference import ReferenceAttention
 from inference_shardformer.attention.survey import BACKENDS
 from inference_shardformer.cli.main import main
+from inference_shardformer.compute.base import ComputeKind
 from inference_shardformer.config.fields import all_fields
 from inference_shardformer.config.violations import ConfigViolations
 from inference_shardformer.errors import CheckpointError, TensorParallelSizeError
@@ -74,8 +75,15 @@ def test_without_a_model_what_needs_one_says_so():
     explanation = explain(sources=sets("cache.block_size=8"))
     told = values(explanation)
     needing = {path for path, item in told.items() if item["reason"] == "needs a model"}
-    assert needing == {"inference.dtype", "inference.max_model_len", "inference.attention.backend"}
-    assert told["inference.cache.block_size"]["beaten"] == [{"value": 16, "origin": "default", "level": "default"}]
+    kernels = {f"inference.kernels.{kind.value}" for kind in ComputeKind}
+    assert needing == {
+        "inference.dtype",
+        "inference.max_model_len",
+        "inference.attention.backend",
+        "inference.graphs",
+        *kernels,
+    }
+    assert told["inference.cache.block_size"]["beaten"] == [{"value": "auto", "origin": "default", "level": "default"}]
     document = explanation.to_json()
     assert (document["model"], document["attention"], document["ranks"]) == (None, None, [])
     assert set(told) == {path for path, field in all_fields().items() if not field.is_open}
@@ -96,7 +104,8 @@ def test_explaining_reads_no_weights_and_joins_no_ranks(folder, tmp_path):
 @pytest.mark.parametrize("case", ["gqa", "tied", "odd_vocabulary"])
 def test_the_bytes_of_one_rank_are_those_of_the_model(tmp_path, case):
     model = save_tiny_model(case, tmp_path)
-    explanation = explain(tmp_path, sources=NOTHING)
+    plain = InferenceConfig.model_validate({"kernels": {"linear": "torch"}})  # which keeps weights as they are
+    explanation = explain(tmp_path, None, plain, sources=NOTHING)
     held = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
     assert explanation.rank_bytes == (sum(held.values()),)
 
@@ -122,7 +131,14 @@ def test_what_loading_would_refuse_is_refused(folder):
 def test_an_object_survives_json(folder):
     document = explain(folder, sources=NOTHING).to_json()
     assert json.loads(json.dumps(document)) == json.loads(json.dumps(explain(folder, sources=NOTHING).to_json()))
-    assert document["attention"]["candidates"][0] == {"name": "sdpa", "verdict": "chosen", "reasons": []}
+    (group,) = document["attention"]["groups"]
+    assert (group["layers"], group["ranks"]) == ([0, 1], [0])
+    assert group["spec"]["num_kv_heads"] == "4"
+    origin = "inference_shardformer.attention.sdpa:SdpaAttention"
+    verdicts = {each["name"]: each for each in group["candidates"]}
+    assert [name for name, each in verdicts.items() if each["verdict"] == "chosen"] == [group["chosen"]]
+    assert set(verdicts["reference"]) == {"name", "origin", "verdict", "reasons"}
+    assert (verdicts["sdpa"]["origin"], verdicts["sdpa"]["reasons"]) == (origin, [])
 
 
 class TestOptions:
@@ -166,7 +182,7 @@ class TestOptions:
         assert told["inference.attention.options.toy.tile"]["value"] == 4
 
     def test_options_of_another_backend_cannot_take_effect(self, toy, folder):
-        with pytest.raises(ConfigViolations, match="the attention backend is sdpa"):
+        with pytest.raises(ConfigViolations, match=r"the attention backend is \w+"):
             explain(folder, sources=sets("attention.options.toy.tile=8"))
         permissive = explain(folder, sources=sets("attention.options.toy.tile=8", "strict=false"))
         (event,) = permissive.events
@@ -199,7 +215,7 @@ class TestText:
     def test_an_explanation_fits_its_width(self, folder, width):
         text = explain(folder, sources=sets("cache.block_size=8")).as_text(width)
         assert max(len(line) for line in text.splitlines() if not line.startswith("model")) <= width
-        for said in ("inference.cache", "option --set cache.block_size=8", "instead of 16 (default)", "chosen"):
+        for said in ("inference.cache", "option --set cache.block_size=8", "instead of auto (default)", "chosen"):
             assert said in " ".join(text.split())
 
     def test_a_request_may_bring_its_own(self):

@@ -10,15 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import ragged_prompts, tiny_model
+from windowed_models import WindowedLlamaPolicy, windowed_model
 
 from inference_shardformer import InferenceConfig, InferenceShardformer, SamplingParams, ShardConfig
 from inference_shardformer.attention import proof, selector, survey
+from inference_shardformer.compute import bound, selection
 from inference_shardformer.plugins import Registry
 from inference_shardformer.probing import collect, probe
 
 PACKAGE = Path(selector.__file__).parents[1]
-HOT_FOLDERS = [PACKAGE / "modeling", PACKAGE / "layers", PACKAGE / "attention", PACKAGE.parent / "policies"]
-HOT_FUNCTIONS = ("forward", "attend", "attend_with_sinks", "write")
+HOT_FOLDERS = [PACKAGE / name for name in ("modeling", "layers", "attention", "compute", "../policies")]
+HOT_FUNCTIONS = (
+    "forward", "attend", "attend_with_sinks", "write", "of",
+    "multiply", "multiply_wide", "multiply_gated", "rows", "rms_norm", "project", "run", "run_modules",
+)  # fmt: skip
 LOOKUPS = {
     "environ", "getenv", "is_available", "find_spec", "import_module", "get_device_capability", "select", "judge",
     "version", "cpu_count", "hasattr", "__import__",
@@ -74,11 +79,14 @@ def test_the_walk_finds_what_it_looks_for(body: str) -> None:
     assert _offences(function)
 
 
-def test_steps_make_no_selector_call(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("policy", [None, WindowedLlamaPolicy()], ids=["alike", "windows"])
+def test_steps_make_no_selector_call(monkeypatch: pytest.MonkeyPatch, policy: WindowedLlamaPolicy | None) -> None:
+    native = tiny_model("gqa") if policy is None else windowed_model()
     with InferenceShardformer(ShardConfig(device="cpu"), InferenceConfig(dtype="fp32")) as shardformer:
-        model, _ = shardformer.optimize(tiny_model("gqa"))
+        model, _ = shardformer.optimize(native, policy)
         engine = shardformer.attach(model)
         backends = [layer.self_attn.backend for layer in model.model.layers]
+        assert len(set(backends)) == (1 if policy is None else 2)
         calls: list[str] = []
 
         def counting(name: str) -> object:
@@ -88,6 +96,7 @@ def test_steps_make_no_selector_call(monkeypatch: pytest.MonkeyPatch) -> None:
             (selector, "select"), (selector, "judge"), (selector, "build"), (survey, "make_survey"), (proof, "prove"),
             (probe, "probe"), (collect, "collect_facts"), (Registry, "get"), (Registry, "names"),
             (torch.cuda, "is_available"), (subprocess, "Popen"),
+            (selection, "select_kernel"), (selection, "make_kernel_survey"), (bound, "build_kernels"),
         ]:  # fmt: skip
             monkeypatch.setattr(place, name, counting(name))
         engine.generate(ragged_prompts(6, 160), SamplingParams(max_new_tokens=20))

@@ -126,6 +126,16 @@ class TestEntryPoints:
         install(site, "late", "late = late_gadgets:X")
         assert "late" in registry.names()
 
+    @pytest.mark.parametrize("name", ["auto", "tuned"])
+    def test_reserved_names_are_refused_wherever_they_come_from(self, registry, site, name):
+        with pytest.raises(PluginError, match=f"gadget '{name}' from builtins:set: the name is reserved") as caught:
+            registry.register(name, set)
+        assert "another name" in caught.value.remedy
+        install(site, "greedy", f"{name} = greedy_gadgets:X")
+        with pytest.raises(PluginError, match=r"reserved") as caught:
+            registry.names()
+        assert "greedy 1.2" in str(caught.value)
+
     def test_without_a_group_nothing_is_searched(self, site):
         install(site, "acme2", "rocket2 = acme2_gadgets:Rocket")
         assert Registry("gadget").names() == ()

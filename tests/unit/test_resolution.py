@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from tiny_models import tiny_config
 
+from inference_shardformer.compute.base import ComputeKind
 from inference_shardformer.config.fields import all_fields
 from inference_shardformer.config.inference import InferenceConfig
 from inference_shardformer.config.loader import load_config
@@ -32,7 +33,8 @@ def _resolve(
     facts: ModelFacts, *, host: HostFacts = HOST, sets: tuple[str, ...] = (), **inference: object
 ) -> ResolvedConfig:
     merged = load_config(ConfigSources(environ={}, sets=sets), inference=InferenceConfig.model_validate(inference))
-    choices = Choices(Decided("sdpa", "the first"), {"inference.attention.options.sdpa.tile": 4})
+    kernels = {f"inference.kernels.{kind.value}": Decided("torch", "the first") for kind in ComputeKind}
+    choices = Choices(Decided("sdpa", "the first"), {"inference.attention.options.sdpa.tile": 4}, kernels)
     return resolve(merged, facts=facts, host=host, choices=choices)
 
 
@@ -47,9 +49,8 @@ def test_no_auto_is_left_that_can_be_decided_before_attaching(facts: ModelFacts)
 
 
 def test_every_field_and_option_has_one_decision_in_order(facts: ModelFacts) -> None:
-    expected = [
-        "inference.attention.options.sdpa.tile" if field.is_open else path for path, field in all_fields().items()
-    ]
+    options = {"inference.attention.options": "inference.attention.options.sdpa.tile", "shard.policy.options": None}
+    expected = [options.get(path, path) for path in all_fields() if options.get(path, path) is not None]
     assert [decision.path for decision in _resolve(facts).decisions] == expected
 
 

@@ -126,3 +126,13 @@ def test_index_that_names_absent_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="do not exist: model-00001-of-00002"):
         SafetensorsCheckpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["matrix", "half"])
+def test_wide_gaps_are_left_out(
+    path: Path, tensors: dict[str, torch.Tensor], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inference_shardformer.sharding.safetensors_file._SMALL_GAP_BYTES", 3)
+    found = SafetensorsFile(path).read_columns(name, 3, 7, (1, 5))
+    assert found.is_contiguous()
+    assert torch.equal(found, tensors[name][1:5, 3:7])

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from selection_profiles import FAKES, GOLDEN, LIBRARIES, PROFILES, Profile, absent, candidates
+from selection_profiles import GOLDEN, LIBRARIES, NEEDY, PROFILES, Profile, absent, candidates
 
 from inference_shardformer.attention.base import Requirement
 from inference_shardformer.attention.selector import judge, select
 from inference_shardformer.errors import BackendUnavailableError
 from inference_shardformer.probing.facts import HostFacts
 
-BY_NAME = {fake.name: fake for fake in FAKES}
+BY_NAME = {backend.name: backend for backend in NEEDY}
 NO_DEVICE = {"device", "device_missing"}
 
 
@@ -83,6 +83,10 @@ def can_run(requirement: Requirement, profile: Profile) -> bool:
     too_early = (
         card is not None and card.capability is not None and card.capability < (requirement.min_capability or (0, 0))
     )
+    too_late = (
+        card is not None and card.capability is not None and card.capability > (requirement.max_capability or (99, 0))
+    )
+    too_early = too_early or too_late
     return platform in requirement.platforms and not too_early and set(requirement.isa) <= set(profile.host.cpu.isa)
 
 
@@ -103,7 +107,7 @@ def test_a_library_that_goes_away_moves_who_needs_it_and_nobody_else(name, modul
     requirement = LIBRARIES[module]
     affected = {
         fake.name
-        for fake in FAKES
+        for fake in NEEDY
         if requirement in fake.requires and not NO_DEVICE & {*before[fake.name]} and can_run(requirement, profile)
     }
     assert changed(before, after) == affected
@@ -119,7 +123,7 @@ def test_an_instruction_set_that_goes_away(name, flag):
     before, after = codes(profile), codes(replace(profile, host=replace(profile.host, cpu=cpu)))
     affected = {
         fake.name
-        for fake in FAKES
+        for fake in NEEDY
         for each in fake.requires
         if flag in each.isa and can_run(each, profile) and not NO_DEVICE & {*before[fake.name]}
     }
@@ -132,8 +136,14 @@ def test_the_compute_capability_alone_decides(capability):
     profile = PROFILES["cuda_sm90"]
     cards = tuple(replace(card, capability=capability) for card in profile.host.accelerators)
     after = codes(replace(profile, host=replace(profile.host, accelerators=cards)))
-    on_cuda = {"flash2": (8, 0), "flash4": (9, 0), "flashinfer": (7, 5), "triton": (7, 0)}
-    refused = {candidate for candidate, least in on_cuda.items() if capability < least}
+    on_cuda = {
+        "flash_attn": ((8, 0), (99, 0)),
+        "flash_attn4": ((9, 0), (11, 9)),
+        "flashinfer": ((8, 0), (99, 0)),
+        "varlen": ((8, 0), (99, 0)),
+        "triton": ((8, 0), (99, 0)),
+    }
+    refused = {candidate for candidate, (least, last) in on_cuda.items() if not least <= capability <= last}
     assert {candidate for candidate in on_cuda if "wrong_device" in after[candidate]} == refused
     assert changed(codes(profile), after) == refused
 
@@ -141,8 +151,8 @@ def test_the_compute_capability_alone_decides(capability):
 @pytest.mark.parametrize(
     ("fake", "fact", "value", "code"),
     [
-        ("flash2", "dtypes", (torch.float16,), "dtype"),
-        ("flash2", "features", frozenset(), "feature_chunked_prefill"),
+        ("flash_attn", "dtypes", (torch.float16,), "dtype"),
+        ("flash_attn", "features", frozenset(), "feature_chunked_prefill"),
         ("triton", "devices", ("xpu",), "device"),
         ("flashinfer", "gqa_ratios", BY_NAME["flashinfer"].capabilities.gqa_ratios.only(1), "gqa_ratio"),
     ],
@@ -156,10 +166,20 @@ def test_a_capability_that_goes_away_moves_its_backend_and_nobody_else(monkeypat
     assert code in after[fake]
 
 
+@pytest.mark.parametrize("name", [name for name in PROFILES if PROFILES[name].native is None])
+def test_native_kernels_that_go_away_move_the_native_backend_on_a_cpu_and_nobody_else(name):
+    profile = PROFILES[name]
+    gone = PROFILES["cpu_without_native"].native
+    before, after = codes(profile), codes(replace(profile, native=gone))
+    assert changed(before, after) == ({"cpu"} if profile.device == "cpu" else set())
+    if profile.device == "cpu":
+        assert after["cpu"] == [*before["cpu"], gone.code]
+
+
 def test_a_library_that_nobody_probed_is_not_taken_for_a_working_one():
     profile = PROFILES["cuda_sm90"]
     survey = replace(profile.survey(), probes={})
-    (flash,) = (verdict for verdict in judge(profile.attention_spec(), survey) if verdict.name == "flash2")
+    (flash,) = (verdict for verdict in judge(profile.attention_spec(), survey) if verdict.name == "flash_attn")
     assert [reason.code for reason in flash.reasons] == ["not_probed"]
 
 

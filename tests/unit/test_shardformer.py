@@ -142,7 +142,7 @@ def test_optimize_serves_a_model_that_was_never_saved() -> None:
 def test_printing_a_sharded_model_names_the_backend() -> None:
     with _shardformer() as shardformer:
         sharded, _ = shardformer.optimize(tiny_model("gqa"))
-        assert "backend=sdpa, heads=8, kv_heads=4, head_dim=8" in repr(sharded)
+        assert "backend=cpu, heads=8, kv_heads=4, head_dim=8" in repr(sharded)
 
 
 def test_custom_attention_class_is_refused_and_the_model_left_alone() -> None:

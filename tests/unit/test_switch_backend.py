@@ -22,6 +22,7 @@ from inference_shardformer.config.sources import ConfigSources
 from inference_shardformer.engine.backend_switch import BackendSwitches
 from inference_shardformer.engine.events import EventExchange, SwitchBackend, decode_events, encode_events
 from inference_shardformer.errors import BackendUnavailableError, CapacityError, ConfigError, StateError
+from inference_shardformer.kv_cache import cache as cache_module
 from inference_shardformer.kv_cache.cache import PagedKVCache
 from inference_shardformer.kv_cache.layout import KVLayout
 from inference_shardformer.kv_cache.spec import KVCacheSpec
@@ -48,8 +49,8 @@ class Served(NamedTuple):
         model, runner = self.shardformer.sharded.model, self.engine._runner
         assert runner is not None
         held = {id(module.backend): module.backend for module in model.modules() if hasattr(module, "backend")}
-        assert set(held) == {id(runner.backend)}
-        assert runner.kv_cache.layout is runner.backend.capabilities.kv_layout
+        assert set(held) == set(map(id, runner.attention.backends))
+        assert runner.kv_cache.layouts == runner.attention.kv_layouts
         return {backend.name for backend in held.values()}
 
 
@@ -128,7 +129,7 @@ def test_a_switch_at_a_random_step_changes_no_token(served, prompts, expected, f
 def test_switches_at_many_steps_amid_chunks_and_preemption(served, prompts, expected):
     rng = random.Random(5)
     switches = {step: rng.choice(SERVING) for step in range(1, 60)}
-    seen = _run(served, prompts, switches, rng)
+    seen = _run(served, prompts, switches, random.Random(2))  # arrivals apart, whatever backends there are
     assert seen.tokens == expected
     assert seen.prefilling > 3
     assert seen.preempted > 3
@@ -143,7 +144,7 @@ def test_the_configuration_and_the_explanation_tell(served):
     origin = str(snapshot.config.decision(PATH).origin)
     assert "switch_backend" in origin
     said = served.shardformer.explain().to_json()
-    assert said["attention"]["chosen"] == "reference"
+    assert said["attention"]["groups"][0]["chosen"] == "reference"
     (value,) = [each for each in said["values"] if each["path"] == PATH]
     assert (value["value"], value["origin"]) == ("reference", origin)
     served.engine.update_config({"scheduler.max_num_seqs": 5})
@@ -153,9 +154,9 @@ def test_the_configuration_and_the_explanation_tell(served):
 
 def test_a_switch_to_what_serves_already_changes_nothing(served):
     served.engine.switch_backend("sdpa")
-    before, epoch = served.engine._runner.backend, served.engine.config.current.epoch
+    before, epoch = served.engine._runner.attention, served.engine.config.current.epoch
     assert served.engine.switch_backend("sdpa").is_done
-    assert served.engine._runner.backend is before
+    assert served.engine._runner.attention is before
     assert served.engine.config.current.epoch == epoch
 
 
@@ -175,12 +176,12 @@ def test_a_refused_backend_leaves_the_old_one_serving(served, prompts, expected,
     for index, prompt in enumerate(prompts):
         engine.add_request(prompt, GREEDY, request_id=str(index))
     outputs = engine.step() + engine.step()
-    before = engine._runner.backend, engine.kv_cache, engine.config.current
+    before = engine._runner.attention, engine.kv_cache, engine.config.current
     with pytest.raises(BackendUnavailableError) as caught:
         engine.switch_backend(name)
     assert said in str(caught.value)
     assert caught.value.remedy
-    assert (engine._runner.backend, engine.kv_cache, engine.config.current) == before
+    assert (engine._runner.attention, engine.kv_cache, engine.config.current) == before
     assert served.bound() == {"sdpa"}
     while engine.has_unfinished():
         outputs += engine.step()
@@ -189,14 +190,14 @@ def test_a_refused_backend_leaves_the_old_one_serving(served, prompts, expected,
 
 def test_no_room_for_a_second_cache(served, monkeypatch):
     served.engine.switch_backend("sdpa")
-    cache, make = served.engine.kv_cache, torch.zeros
+    cache, make = served.engine.kv_cache, cache_module._zeros
 
-    def full(shape: tuple[int, ...], **kwargs: object) -> torch.Tensor:
+    def full(shape: tuple[int, ...], *args: object) -> torch.Tensor:
         if shape[:2] == (2, cache.num_blocks):
             raise RuntimeError("out of memory")
-        return make(shape, **kwargs)
+        return make(shape, *args)
 
-    monkeypatch.setattr(torch, "zeros", full)
+    monkeypatch.setattr(cache_module, "_zeros", full)
     with pytest.raises(CapacityError, match="out of memory"):
         served.engine.switch_backend("transposed")
     assert served.engine.kv_cache is cache
@@ -207,11 +208,11 @@ def test_no_room_for_a_second_cache(served, monkeypatch):
 def test_a_failure_while_binding_is_undone(served, prompts, expected, monkeypatch, kind):
     served.engine.switch_backend("sdpa")
     runner = served.engine._runner
-    before = runner.backend, runner.kv_cache, served.engine.config.current
+    before = runner.attention, runner.kv_cache, served.engine.config.current
     bind, calls = runner.bind, []
 
     def fail_once(*args: object) -> None:
-        calls.append(served.shardformer._switch.backend.name)
+        calls.append(served.shardformer._switch.attention.names[0])
         if len(calls) == 1:
             raise kind("the device is gone")
         bind(*args)
@@ -220,7 +221,7 @@ def test_a_failure_while_binding_is_undone(served, prompts, expected, monkeypatc
     with pytest.raises((BackendUnavailableError, StateError), match="the device is gone"):
         served.engine.switch_backend("transposed")
     assert calls == ["transposed", "sdpa"]
-    assert (runner.backend, runner.kv_cache, served.engine.config.current) == before
+    assert (runner.attention, runner.kv_cache, served.engine.config.current) == before
     assert served.bound() == {"sdpa"}
     assert _run(served, prompts, {}, random.Random(0)).tokens == expected
 
@@ -240,7 +241,7 @@ def test_options_reach_the_new_backend_and_are_validated(served, monkeypatch):
     assert served.bound() == {"sdpa"}
     monkeypatch.setattr(served.shardformer._switch, "_options", {"tunable": {"splits": 3}})
     served.engine.switch_backend("tunable")
-    assert served.engine._runner.backend.options.splits == 3
+    assert served.engine._runner.attention.of(0).options.splits == 3
 
 
 def test_a_switch_that_waits_is_given_up_by_closing():
@@ -270,8 +271,8 @@ def test_memory_is_flat_over_a_thousand_switches(served, prompts):
     engine.step()
     bound, caches, sizes = weakref.WeakSet(), weakref.WeakSet(), []
     for turn in range(1000):
-        engine.switch_backend(SERVING[turn % 3])
-        bound.add(engine._runner.backend)
+        engine.switch_backend(SERVING[turn % len(SERVING)])
+        bound.add(engine._runner.attention.of(0))
         caches.add(engine.kv_cache)
         if turn in (99, 999):
             gc.collect()
@@ -289,7 +290,9 @@ def _resident_bytes() -> int:
 
 def test_a_closed_engine_and_one_without_a_switch_refuse():
     served = _serve()
-    engine, cache = served.engine, weakref.ref(served.engine.kv_cache)
+    engine = served.engine
+    engine.switch_backend("sdpa")  # of another layout than the next one
+    cache = weakref.ref(engine.kv_cache)
     engine.switch_backend("transposed")
     gc.collect()
     assert cache() is None

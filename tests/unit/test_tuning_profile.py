@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from switchable_backends import TunableAttention, switchable_registry
 from tiny_models import save_tiny_model
 from tuning_backends import BUCKETS, CLOCK, SPEC, registry_of, scripted
 
 from inference_shardformer import ConfigSources, InferenceConfig, InferenceShardformer, ShardConfig, explain
-from inference_shardformer.attention.survey import make_survey
+from inference_shardformer.attention.survey import BACKENDS, make_survey
 from inference_shardformer.config.inference import AttentionConfig
 from inference_shardformer.config.loader import gather
 from inference_shardformer.config.violations import ConfigViolations
@@ -39,7 +40,7 @@ COMMAND = "inference-shardformer bench backends"
 
 
 def comparison(fingerprint: dict[str, str], *keys: str, rows: tuple[Measurement, ...] = ROWS) -> Comparison:
-    return Comparison("a model", "cpu", 1, 3, keys, rows, {}, fingerprint)
+    return Comparison("a model", (0, 1), "cpu", 1, 3, keys, rows, {}, fingerprint)
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +58,8 @@ def saved(folder, tmp_path) -> Path:
     """A profile for that model, in which the reference was the fastest."""
     path = tmp_path / "profile.json"
     layers = gather(ConfigSources(environ={}), ShardConfig(device="cpu"), InferenceConfig())
-    wanted = session._wanted(layers, str(folder), session.RankLayout(1, 0), CPU)
-    comparison(fingerprint_of(make_survey(CPU), wanted.spec), spec_key(wanted.spec)).save(path)
+    (spec,) = session._wanted(layers, str(folder), session.RankLayout(1, 0), CPU).groups.specs
+    comparison(fingerprint_of(make_survey(CPU), spec, {}), spec_key(spec)).save(path)
     return path
 
 
@@ -95,11 +96,12 @@ def resave(path: Path, **changes: object) -> None:
 class TestReuse:
     def test_the_choice_is_taken_and_explained(self, folder, saved):
         explanation = explain(folder, sources=tuned(saved))
-        assert (explanation.selection.name, explanation.selection.requested) == ("reference", "tuned")
+        (group,) = explanation.attention
+        assert (group.selection.name, group.selection.requested) == ("reference", "tuned")
         (decision,) = [each for each in explanation.decisions if each.path == "inference.attention.backend"]
         assert decision.value == "reference"
         assert decision.reason == f"tuned: profile {saved}, fastest of 2, 2 x faster than sdpa"
-        assert decision.reason in explanation.selection.explain()
+        assert decision.reason in group.selection.explain()
         assert "2 x faster than sdpa" in " ".join(explanation.as_text(200).split())
 
     def test_an_engine_is_built_with_it(self, tmp_path, saved):
@@ -107,7 +109,7 @@ class TestReuse:
         with InferenceShardformer(sources=tuned(saved)) as shardformer:
             sharded = shardformer.from_pretrained(tmp_path / "model")
             assert shardformer.attach(sharded).generate([[1, 2, 3]])[0].token_ids
-            assert shardformer.explain().selection.name == "reference"
+            assert shardformer.explain().attention[0].selection.name == "reference"
 
     def test_the_doctor_takes_it_too(self, folder, saved):
         report = collect_report(gather(tuned(saved)), str(folder))
@@ -130,13 +132,22 @@ class TestReuse:
         registry = registry_of()
         survey = make_survey(CPU, registry)
         spec = replace(SPEC, softcap=20.0)  # which sdpa lacks
-        comparison(fingerprint_of(survey, spec), spec_key(spec), rows=(ROWS[0],)).save(tmp_path / "p.json")
+        comparison(fingerprint_of(survey, spec, {}), spec_key(spec), rows=(ROWS[0],)).save(tmp_path / "p.json")
         with pytest.raises(BackendUnavailableError, match="'sdpa' cannot serve"):
             select_backend(spec, AttentionConfig(backend="tuned", profile=str(tmp_path / "p.json")), survey)
 
 
 @pytest.mark.usefixtures("poisoned")
 class TestRefusals:
+    def test_a_profile_measured_with_other_options(self, folder, saved, monkeypatch):
+        monkeypatch.setattr(BACKENDS, "_entries", {**BACKENDS._entries})
+        BACKENDS.register("tunable", TunableAttention)
+        resave(saved, fingerprint=fingerprint_of(make_survey(CPU), SPEC, {}))
+        explain(folder, sources=tuned(saved))
+        sets = (*tuned(saved).sets, "attention.options.tunable.splits=2", "strict=false")
+        with pytest.raises(TuningProfileError, match=r'options of tunable: measured with .*1}, now {"splits": 2}'):
+            explain(folder, sources=ConfigSources(sets=sets, environ={}))
+
     """Each is raised before any weight is read: there are none."""
 
     def refused(self, folder: Path, profile: Path | str) -> TuningProfileError:
@@ -274,7 +285,7 @@ class TestSaving:
 
 class TestFingerprint:
     def test_it_has_the_device_the_versions_and_every_backend(self):
-        found = fingerprint_of(make_survey(CPU, registry_of(scripted("mine"))), SPEC)
+        found = fingerprint_of(make_survey(CPU, registry_of(scripted("mine"))), SPEC, {})
         assert found["torch"] == torch.__version__
         assert {"backend sdpa", "backend reference", "backend mine", "device", "processor"} <= set(found)
 
@@ -287,7 +298,7 @@ class TestFingerprint:
         )
         spec = replace(SPEC, device=torch.device("cuda", 0))
         old, new = (
-            fingerprint_of(replace(survey, probes={needs: ProbeResult("flash", "ok", version)}), spec)
+            fingerprint_of(replace(survey, probes={needs: ProbeResult("flash", "ok", version)}), spec, {})
             for version in ("2.6", "2.7")
         )
         assert old["device"] == f"cuda H200 {2**37}"
@@ -295,7 +306,18 @@ class TestFingerprint:
         assert "backend flash" in difference
         assert difference.endswith("flash ok 2.7")
         broken = replace(survey, candidates=(replace(survey.candidates[0], error=PluginError("no"), backend=None),))
-        assert "failed to load" in fingerprint_of(broken, spec)["backend sdpa"]
+        assert "failed to load" in fingerprint_of(broken, spec, {})["backend sdpa"]
+
+    def test_options_of_every_backend_count_with_their_defaults(self):
+        survey = make_survey(CPU, switchable_registry())
+        plain, three, as_default = (
+            fingerprint_of(survey, SPEC, options)
+            for options in ({}, {"tunable": {"splits": 3}}, {"tunable": {"splits": 1}})
+        )
+        assert "options of sdpa" not in plain
+        assert plain == as_default
+        assert differences(plain, three) == ['options of tunable: measured with {"splits": 1}, now {"splits": 3}']
+        assert fingerprint_of(survey, SPEC, {"tunable": {"splits": "x"}})["options of tunable"].startswith("not valid")
 
     def test_keys_differ_by_what_matters(self):
         specs = [SPEC, replace(SPEC, num_heads=2), replace(SPEC, softcap=1.0), replace(SPEC, dtype=torch.bfloat16)]
@@ -309,7 +331,7 @@ def test_a_measured_profile_gives_the_measured_choice(tmp_path):
     wrong = scripted("wrong", seconds={"decode": [0.01], "prefill": [0.01], "mixed": [0.01]}, error=1.0)
     registry = registry_of(slow, wrong, fast, alone=True)
     layers = gather(ConfigSources(environ={}), ShardConfig(device="cpu"), InferenceConfig(dtype="fp32"))
-    found = session.compare_backends(layers, None, BUCKETS, rounds=2, registry=registry, clock=CLOCK)
+    (found,) = session.compare_backends(layers, None, BUCKETS, rounds=2, registry=registry, clock=CLOCK)
     assert found.choice == "fast"
     found.save(tmp_path / "p.json")
     entry = TuningProfile.load(tmp_path / "p.json").entry(tmp_path / "p.json", found.keys[0])

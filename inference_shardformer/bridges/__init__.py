@@ -1,0 +1,1 @@
+"""Ways over from other projects. Only `doctor` asks them what is installed."""

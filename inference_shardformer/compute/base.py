@@ -1,0 +1,93 @@
+"""The contract that every compute kernel shares: what it is chosen by, and what it declares about itself."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import ClassVar
+
+import torch
+
+from inference_shardformer.attention.spec import Reason
+from inference_shardformer.probing.requirement import Requirement
+
+CONTRACT_VERSION = 1
+
+
+class ComputeKind(str, Enum):
+    """What is computed. For each kind one kernel is chosen for the whole model, in this order."""
+
+    LINEAR = "linear"
+    NORM = "norm"
+    ACTIVATION = "activation"
+    DECODER_LAYER = "decoder_layer"
+
+
+@dataclass(frozen=True)
+class ComputeSpec:
+    """What the kernels of one rank must serve.
+
+    `quantization` is that of the weights, `None` where they are kept. `activation` is the name that Hugging Face's
+    configuration gives the activation of a gated MLP; empty where the model has none. `layer_shape` is what the policy
+    says of its decoder layers: "llama" for two norms, attention and a gated MLP as there, else empty.
+
+    `chosen` names what was chosen before: the kernels of earlier kinds by the kinds' names, the backends of `attention`
+    joined by " + ", and the `all_reduce` ("none" for one rank). `fused_activations` are those that the chosen linear
+    kernel applies itself.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    hidden_size: int
+    intermediate_size: int
+    activation: str = ""
+    quantization: str | None = None
+    layer_shape: str = ""
+    chosen: Mapping[str, str] = field(default_factory=dict)
+    fused_activations: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeCapabilities:
+    """What a kernel serves; every combination of declared values must work."""
+
+    devices: tuple[str, ...]  # types of torch.device
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    quantizations: tuple[str, ...] = ()
+    needs_native: bool = False  # the library of native CPU kernels
+
+
+class ComputeKernel(ABC):
+    """One kernel of one kind, built once before any weight is read. Declaring it does no work."""
+
+    kind: ClassVar[ComputeKind]
+    name: ClassVar[str]
+    contract_version: ClassVar[int]
+    capabilities: ClassVar[ComputeCapabilities]
+    requires: ClassVar[tuple[Requirement, ...]] = ()
+
+    def __init__(self, spec: ComputeSpec) -> None:
+        self.spec = spec
+
+    @classmethod
+    def reasons(cls, spec: ComputeSpec) -> list[Reason]:
+        """Every reason why this kernel cannot serve `spec`; an empty list means that it can. Has no side effects."""
+        facts, found = cls.capabilities, []
+        if spec.device.type not in facts.devices:
+            message = f"{cls.name} runs on {' or '.join(facts.devices)}, this is {spec.device.type}"
+            found.append(Reason("device", message, f"choose another {cls.kind.value} kernel for this device"))
+        if spec.dtype not in facts.dtypes:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in facts.dtypes)
+            message = f"{cls.name} computes in {known}, not in {str(spec.dtype).removeprefix('torch.')}"
+            found.append(Reason("dtype", message, "set inference.dtype to one of them"))
+        if cls.kind is ComputeKind.LINEAR and spec.quantization not in (None, *facts.quantizations):
+            message = f"{cls.name} does not take weights in {spec.quantization}"
+            found.append(Reason("quantization", message, "leave inference.weights.quantization unset"))
+        return found + cls.extra_reasons(spec)
+
+    @classmethod
+    def extra_reasons(cls, spec: ComputeSpec) -> list[Reason]:
+        """What the declared facts cannot express; none by default."""
+        return []

@@ -1,0 +1,85 @@
+"""Puts the parts of an engine together."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from inference_shardformer.attention.switch import BackendSwitch
+from inference_shardformer.config.model import ModelFacts
+from inference_shardformer.config.resolved import ResolvedConfig
+from inference_shardformer.config.store import ConfigStore
+from inference_shardformer.engine.backend_switch import BackendSwitches
+from inference_shardformer.engine.core import EngineCore, StepGuard
+from inference_shardformer.engine.desk import RequestDesk
+from inference_shardformer.engine.detokenizer import Tokenizer
+from inference_shardformer.engine.events import EventExchange
+from inference_shardformer.engine.intake import Intake
+from inference_shardformer.engine.live_updates import LiveUpdates
+from inference_shardformer.engine.model_runner import ModelRunner
+from inference_shardformer.engine.sampler import Sampler, TensorGroup
+from inference_shardformer.engine.scheduler import Scheduler
+from inference_shardformer.engine.weight_stream import WeightGroup, WeightWriter
+from inference_shardformer.engine.weight_updates import WeightUpdates
+from inference_shardformer.kv_cache.block_allocator import BlockAllocator
+
+
+class EngineGroup(WeightGroup, TensorGroup, Protocol):
+    """The collectives the engine uses."""
+
+
+class EngineParts(NamedTuple):
+    """What an engine consists of; `updates` and `store` outlive the others."""
+
+    store: ConfigStore
+    updates: LiveUpdates
+    core: EngineCore
+    desk: RequestDesk
+
+
+def assemble(
+    runner: ModelRunner,
+    *,
+    facts: ModelFacts,
+    config: ResolvedConfig,
+    group: EngineGroup,
+    guard: StepGuard,
+    vocab_range: tuple[int, int],
+    tokenizer: Tokenizer | None,
+    switch: BackendSwitch | None,
+    weights: WeightWriter | None,
+) -> EngineParts:
+    """The parts, bound to each other. Raises `EnvironmentMismatchError` where ranks have other limits."""
+    num_blocks, block_size = runner.kv_cache.num_blocks, runner.kv_cache.spec.block_size
+    store = ConfigStore(config)
+    intake = Intake(facts=facts, config=store, num_blocks=num_blocks, block_size=block_size, tokenizer=tokenizer)
+    guard.agree("create the engine", intake.limits())
+    exchange = EventExchange(group)
+    updates = LiveUpdates(store, group, exchange)
+    scheduler = Scheduler(BlockAllocator(num_blocks), block_size=block_size)
+    switches = BackendSwitches(
+        switch,
+        runner=runner,
+        store=store,
+        updates=updates,
+        group=group,
+        exchange=exchange,
+        blocks_in_use=lambda: scheduler.blocks_in_use,
+    )
+    core = EngineCore(
+        runner=runner,
+        sampler=Sampler(group, vocab_range),
+        scheduler=scheduler,
+        exchange=exchange,
+        intake=intake,
+        config=store,
+        updates=updates,
+        switches=switches,
+        weights=WeightUpdates(weights, group=group, exchange=exchange),
+        guard=guard,
+        device=group.device,
+        eos_token_ids=facts.eos_token_ids,
+        tokenizer=tokenizer,
+        with_rope_lengths=facts.length_dependent_rope,
+        rope_switch_length=facts.rope_switch_length,
+    )
+    return EngineParts(store, updates, core, RequestDesk(core, intake, is_alone=group.size == 1))

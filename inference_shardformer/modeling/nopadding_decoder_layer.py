@@ -1,0 +1,123 @@
+"""A decoder layer of LLaMA's shape that a kernel runs whole, or its modules one by one."""
+
+from __future__ import annotations
+
+from functools import partial
+from weakref import ref
+
+import torch
+from torch import nn
+
+from inference_shardformer.attention.base import AttentionBackend, AttentionMetadata
+from inference_shardformer.compute.decoder_layer import (
+    DecoderLayerKernel,
+    LayerFunction,
+    LayerParts,
+    LinearPart,
+    NormPart,
+    PositionEmbeddings,
+)
+from inference_shardformer.distributed.tensor_parallel import TensorParallelGroup
+from inference_shardformer.layers.linear import ParallelLinear
+from inference_shardformer.layers.norm import RMSNorm
+from inference_shardformer.modeling.nopadding_llama import NoPaddingLlamaAttention, NoPaddingLlamaMLP
+
+
+class NoPaddingDecoderLayer(nn.Module):
+    """Norm, attention, residual, norm, MLP, residual. Keeps the call contract of Hugging Face's decoder layers.
+
+    What runs it is bound when the weights are there, and anew when the attention backend is exchanged.
+    `returns_tuple`: as older transformers expect. `attention_type`: what newer ones choose a mask by.
+    """
+
+    def __init__(
+        self,
+        *,
+        self_attn: NoPaddingLlamaAttention,
+        mlp: NoPaddingLlamaMLP,
+        input_layernorm: RMSNorm,
+        post_attention_layernorm: RMSNorm,
+        num_layers: int,
+        kernel: DecoderLayerKernel,
+        group: TensorParallelGroup,
+        returns_tuple: bool,
+        attention_type: str,
+    ) -> None:
+        super().__init__()
+        self.self_attn = self_attn
+        self.mlp = mlp
+        self.input_layernorm = input_layernorm
+        self.post_attention_layernorm = post_attention_layernorm
+        self.attention_type = attention_type
+        self._num_layers = num_layers
+        self._kernel = kernel
+        self._group = group
+        self._returns_tuple = returns_tuple
+        self._run: LayerFunction = self.run_modules
+        self.__dict__["backend"] = self_attn.backend
+
+    @property
+    def backend(self) -> AttentionBackend:
+        """The attention backend of the layer. Whoever exchanges it binds the layer anew."""
+        return self.__dict__["backend"]
+
+    @backend.setter
+    def backend(self, backend: AttentionBackend) -> None:
+        self.__dict__["backend"] = backend
+        self.weights_loaded()
+
+    def weights_loaded(self) -> None:
+        """Bind what runs the layer; its parameters keep their addresses from now on."""
+        self._run = self._kernel.bind(self._parts()) or self.run_modules
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        position_embeddings: PositionEmbeddings,
+        attn_metadata: AttentionMetadata,
+        **_: object,
+    ) -> torch.Tensor | tuple[torch.Tensor]:
+        """`[1, num_tokens, hidden_size]` in and out, equal on every rank."""
+        out = self._run(hidden_states, position_embeddings, attn_metadata)
+        return (out,) if self._returns_tuple else out
+
+    def run_modules(
+        self, hidden_states: torch.Tensor, position_embeddings: PositionEmbeddings, attn_metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        """The layer by its modules."""
+        normed = self.input_layernorm(hidden_states)
+        attended, _ = self.self_attn(normed, position_embeddings, attn_metadata=attn_metadata)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+    def _parts(self) -> LayerParts:
+        return LayerParts(
+            layer_idx=self.self_attn.layer_idx,
+            num_layers=self._num_layers,
+            is_watched=partial(_is_watched, ref(self)),
+            attention_norm=_norm(self.input_layernorm),
+            mlp_norm=_norm(self.post_attention_layernorm),
+            qkv=_linear(self.self_attn.qkv_proj),
+            o=_linear(self.self_attn.o_proj),
+            gate_up=_linear(self.mlp.gate_up_proj),
+            down=_linear(self.mlp.down_proj),
+            backend=self.backend,
+            group=self._group,
+        )
+
+
+def _is_watched(layer: ref[nn.Module]) -> bool:
+    module = layer()
+    return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _norm(module: RMSNorm) -> NormPart:
+    return NormPart(module.weight, module.eps, module.is_offset)
+
+
+def _linear(module: nn.Module) -> LinearPart:
+    if not isinstance(module, ParallelLinear):
+        raise TypeError(f"a {type(module).__name__} stands where the layer needs a parallel linear layer")
+    return LinearPart(module.stored, module.bias)

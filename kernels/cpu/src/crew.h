@@ -1,0 +1,55 @@
+// Operations one after the other, each in parts that whoever is free takes.
+//
+// A thread that the system has taken off its core holds up at most the one part it is in: the others do the rest, and
+// go on to the next operation without it. With a barrier and fixed shares instead, one busy neighbour on a core makes
+// every operation as slow as the slowest thread.
+#pragma once
+#include <atomic>
+#include <cstdint>
+
+#include "team.h"
+
+namespace isf {
+
+// What a crew works off. `run` must not wait for other parts of the same operation.
+struct CrewWork {
+  int64_t num_operations;
+  int (*num_parts)(const void* context, int64_t operation);
+  void (*run)(const void* context, int64_t operation, int part, int num_parts);
+  const void* context;
+};
+
+// How an operation is cut for a crew: a long share for each thread, then short ones with which it comes to a common end.
+struct Share {
+  int rank, span, size;  // see Team
+};
+
+constexpr int kSharesPerThread = 3;
+constexpr int kSharesOfThread = 8;  // in the unit of Share
+constexpr int kLongShare = 6;
+
+ISF_INLINE Share share_of(int part, int threads) {
+  const int size = kSharesOfThread * threads;
+  if (part < threads) return Share{kLongShare * part, kLongShare, size};
+  return Share{kLongShare * threads + part - threads, 1, size};
+}
+
+class Crew {
+ public:
+  explicit Crew(const CrewWork& work) : work_(work) {}
+
+  // Called by every thread of a team; returns when all operations are done.
+  void work();
+
+ private:
+  void wait_past(int64_t operation);
+  void advance(int64_t operation);
+
+  const CrewWork work_;
+  alignas(64) std::atomic<uint64_t> ticket_{0};  // the operation above 32 bits, and its next part
+  alignas(64) std::atomic<uint32_t> done_{0};    // parts of the operation that are done
+  alignas(64) std::atomic<uint32_t> epoch_{0};   // the operation once more: what waiters sleep on
+  std::atomic<uint32_t> sleepers_{0};
+};
+
+}  // namespace isf

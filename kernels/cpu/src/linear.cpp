@@ -1,0 +1,100 @@
+// The linear layer's entry: choice of kernel, workspace, and the probes that its speed is judged by.
+#include "linear.h"
+
+#include <cstdlib>
+
+#include "crew.h"
+#include "dispatch.h"
+#include "entry.h"
+#include "linear_blocking.h"
+#include "linear_layout.h"
+
+ISF_FAMILY(LinearKernels, linear_kernels)
+
+namespace isf {
+
+void linear_body(const LinearArgs& args, Team& team) {
+  const LinearKernels& kernels = linear_kernels();
+  switch (args.weight_dtype) {
+    case kFloat32: return kernels.fp32(args, team);
+    case kBFloat16: return kernels.bf16(args, team);
+    case kFloat16: return kernels.fp16(args, team);
+    default: return kernels.int8(args, team);
+  }
+}
+
+// As activations_at (linear_activations.h) lays it out.
+int64_t linear_workspace(const LinearArgs& args, int threads) {
+  const int64_t rows = round_up(args.m, 16), depth = round_up(args.k, 64);
+  const int64_t groups = args.group == 0 ? 1 : (args.k + args.group - 1) / args.group;
+  const int64_t copy = rows * depth * 4 + rows * 64 + round_up(rows * groups * 8, 64);
+  if (args.m > kFewRows) return threads * (depth * 32 + blocking_of(args.m, args.k).bytes()) + copy;
+  return threads * depth * 4 + (args.m <= 16 ? threads : 1) * copy;
+}
+
+namespace {
+
+// The calling thread's own workspace; grows, and goes with the thread.
+class Workspace {
+ public:
+  ~Workspace() { std::free(memory_); }
+  void* at_least(int64_t bytes) {
+    if (bytes > bytes_) {
+      std::free(memory_);
+      bytes_ = round_up(bytes, 4096);
+      memory_ = std::aligned_alloc(64, static_cast<size_t>(bytes_));
+    }
+    return memory_;
+  }
+
+ private:
+  void* memory_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+// Few rows: shares that whoever is free takes.
+void run_as_crew(const LinearArgs& args, int threads) {
+  struct Shared {
+    const LinearArgs& args;
+    int threads;
+  } shared{args, threads};
+  Crew crew(CrewWork{
+      1, [](const void* own, int64_t) { return kSharesPerThread * static_cast<const Shared*>(own)->threads; },
+      [](const void* own, int64_t, int part, int) {
+        const Shared& all = *static_cast<const Shared*>(own);
+        const Share share = share_of(part, all.threads);
+        Team one_of(share.rank, share.span, share.size, nullptr);
+        linear_body(all.args, one_of);
+      },
+      &shared});
+  run_team(threads, [](Team&, const void* own) { static_cast<Crew*>(const_cast<void*>(own))->work(); }, &crew);
+}
+
+}  // namespace
+}  // namespace isf
+
+extern "C" {
+
+ISF_EXPORT int64_t isf_sizeof_linear() { return sizeof(isf::LinearArgs); }
+
+ISF_EXPORT int64_t isf_linear_workspace(const isf::LinearArgs* args, int32_t threads) {
+  return isf::linear_workspace(*args, threads);
+}
+
+// Returns 0, or -1 when there is no memory for the workspace.
+ISF_EXPORT int32_t isf_linear(const isf::LinearArgs* args, int32_t threads) {
+  static thread_local isf::Workspace workspace;
+  isf::LinearArgs own = *args;
+  const int team = isf::threads_for(own.n * own.k * (own.weight_dtype == isf::kInt8 ? 1 : 2), threads);
+  const bool is_crew = team > 1 && own.m <= isf::kCrewRows;
+  const int shares = is_crew ? team * isf::kSharesOfThread : team;
+  if (own.workspace == nullptr) own.workspace = workspace.at_least(isf::linear_workspace(own, shares));
+  if (own.workspace == nullptr) return -1;
+  if (is_crew) {
+    isf::run_as_crew(own, team);
+  } else {
+    isf::run_body<isf::LinearArgs, isf::linear_body>(&own, team);
+  }
+  return 0;
+}
+}

@@ -1,0 +1,184 @@
+"""Loading a checkpoint: each rank's peak memory beside its plan, and the rate beside the page cache and Hugging Face.
+
+Three sides take turns, each in fresh processes that have loaded a small model before: ours on `--tp` ranks, Hugging
+Face's `from_pretrained`, and reading the files without doing anything with them. The weights are random, in bf16.
+Ends with code 1 if a rank's peak is above 1.1 times its plan.
+
+    python scripts/benchmark_load.py --size 1.1b --tp 2 --rounds 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+_COMMON = {"max_position_embeddings": 2048, "eos_token_id": None, "pad_token_id": 0}
+SHAPES: dict[str, dict[str, object]] = {
+    "tiny": {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    },
+    "135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+    },
+    "1.1b": {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
+}
+LIMIT = 1.1  # of the plan, beyond what the process takes before
+_CHUNK_BYTES = 8 * 2**20
+_PAGE_BYTES = 4096
+_STATUS = Path("/proc/self/status")
+
+
+def make_checkpoint(size: str, folder: Path) -> int:
+    """Write random weights of one shape; returns the bytes of its files."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    LlamaForCausalLM(LlamaConfig(**SHAPES[size], **_COMMON)).save_pretrained(folder, max_shard_size="1GB")
+    torch.set_default_dtype(torch.float32)
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def peak_bytes() -> int:
+    """The largest resident size of this process since it was last reset."""
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def ours(folder: Path) -> dict[str, float]:
+    """Load this rank's part; the seconds of all of it and of the weights alone, and the plan's bytes."""
+    from inference_shardformer import InferenceConfig, InferenceShardformer, ShardConfig
+
+    times: list[float] = []
+    with InferenceShardformer(ShardConfig(device="cpu"), InferenceConfig(dtype="bf16")) as shardformer:
+        started = time.perf_counter()
+        shardformer.from_pretrained(folder, progress=lambda done, total: times.append(time.perf_counter()))
+        seconds = time.perf_counter() - started
+        planned = shardformer.sharded.rank_bytes[shardformer.group.rank]
+    return {"seconds": seconds, "weights": times[-1] - times[0], "planned": planned}
+
+
+def hugging_face(folder: Path) -> dict[str, float]:
+    """Load the whole model, and touch every page of it: what it gives back are mapped files."""
+    started = time.perf_counter()
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.detach().flatten()[:: _PAGE_BYTES // 2].sum()
+    return {"seconds": time.perf_counter() - started}
+
+
+def read_only(folder: Path) -> dict[str, float]:
+    """Read every byte of the files into one buffer."""
+    buffer = bytearray(_CHUNK_BYTES)
+    started = time.perf_counter()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return {"seconds": time.perf_counter() - started}
+
+
+SIDES = {"ours": ours, "hugging-face": hugging_face, "read": read_only}
+
+
+def run_side(name: str, small: Path, folder: Path) -> None:
+    """What a process of one side does: load the small model, forget the peak so far, load the large one."""
+    torch.set_num_threads(1)
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    SIDES[name](small)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_bytes()
+    result = SIDES[name](folder)
+    print(json.dumps({**result, "peak": peak_bytes() - before}), flush=True)
+    if "RANK" in os.environ:
+        torch.distributed.destroy_process_group()
+
+
+def start_side(name: str, small: Path, folder: Path, *, num_ranks: int) -> list[dict[str, float]]:
+    """Run one side in fresh processes; what each has to say, in rank order."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = [sys.executable, __file__, "--side", name, str(small), str(folder)]
+    processes = []
+    for rank in range(num_ranks):
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+        own = {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if name == "ours" else {}
+        environment = os.environ | {key: str(value) for key, value in own.items()} | {"OMP_NUM_THREADS": "1"}
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=600)[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise RuntimeError(f"the side {name} ended with {[process.returncode for process in processes]}")
+    return [json.loads(text.splitlines()[-1]) for text in said]
+
+
+def report(results: dict[str, list[list[dict[str, float]]]], num_bytes: int, tp_size: int) -> bool:
+    """Print medians and ratios of rounds; whether every rank stayed within the limit."""
+    seconds = {name: [max(each["seconds"] for each in ranks) for ranks in rounds] for name, rounds in results.items()}
+    print(f"\n{num_bytes / 1e6:.0f} MB of weights, {tp_size} rank(s), median of {len(seconds['ours'])} rounds")
+    seconds["ours, weights"] = [max(each["weights"] for each in ranks) for ranks in results["ours"]]
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        ratio = statistics.median(other / mine for mine, other in zip(seconds["ours"], values, strict=True))
+        print(f"  {name:14} {median:8.3f} s  {num_bytes / median / 1e6:8.0f} MB/s  x {ratio:.2f} of our time")
+    shares = [[each["peak"] / each["planned"] for each in ranks] for ranks in results["ours"]]
+    worst = max(max(ranks) for ranks in shares)
+    medians = ", ".join(f"{statistics.median(rank):.3f}" for rank in zip(*shares, strict=True))
+    print(f"  peak of each rank relative to its plan: {medians}; at most {worst:.3f}")
+    whole = statistics.median(ranks[0]["peak"] for ranks in results["hugging-face"])
+    print(f"  peak of Hugging Face relative to the weights: {whole / num_bytes:.3f}")
+    print(json.dumps({"num_bytes": num_bytes, "tp_size": tp_size, "results": results}))
+    return worst <= LIMIT
+
+
+def main() -> int:
+    """Make the checkpoints, let the sides take turns, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SHAPES, default="135m")
+    parser.add_argument("--tp", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--side", nargs=3, metavar=("NAME", "SMALL", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        run_side(args.side[0], Path(args.side[1]), Path(args.side[2]))
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        small, large = Path(folder, "small"), Path(folder, "large")
+        make_checkpoint("tiny", small)
+        num_bytes = make_checkpoint(args.size, large)
+        results: dict[str, list[list[dict[str, float]]]] = {name: [] for name in SIDES}
+        for number in range(args.rounds):
+            for name, rounds in results.items():
+                rounds.append(start_side(name, small, large, num_ranks=args.tp if name == "ours" else 1))
+                print(f"round {number + 1}: {name:14} {max(each['seconds'] for each in rounds[-1]):.3f} s", flush=True)
+        return 0 if report(results, num_bytes, args.tp) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,22 @@
+"""The loop of a side: read workloads from standard input, answer on standard output."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Callable
+
+from benchmarking.workloads import Workload
+
+Serve = Callable[[Workload], tuple[float, int]]
+"""Seconds and generated tokens of one workload."""
+
+
+def serve(run: Serve) -> None:
+    """Answer workloads until standard input ends."""
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        seconds, generated = run(Workload(**json.loads(line)))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"seconds": seconds, "generated": generated, "rss_mib": peak}), flush=True)

@@ -1,0 +1,105 @@
+"""A step waits for the device once, for the ids that it sampled: nothing before reads what a tensor holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import ragged_prompts, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from inference_shardformer import InferenceConfig, InferenceShardformer, SamplingParams, ShardConfig
+
+# On a device each of these waits until it has computed the answer.
+WAITING = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "is_nonzero", "equal", "repeat_interleave")
+READS = ("tolist", "item", "cpu", "__bool__", "__int__", "__float__", "__index__")
+
+SAMPLING = {
+    "greedy": {},
+    "drawn": {"temperature": 0.8, "seed": 1},
+    "top_k": {"temperature": 0.8, "top_k": 5, "seed": 1},
+    "top_p": {"temperature": 0.8, "top_p": 0.7, "seed": 1},
+    "penalty": {"repetition_penalty": 1.3},
+    "ngrams": {"no_repeat_ngram_size": 2},
+}
+
+
+class Watch(TorchDispatchMode):
+    """Counts the operators that a device would be waited for, and every read of a tensor."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        for name in READS:
+            monkeypatch.setattr(torch.Tensor, name, self._noting(name, getattr(torch.Tensor, name)))
+
+    def _noting(self, name, real):
+        def read(tensor, *args, **kwargs):
+            self.found.append(name)
+            return real(tensor, *args, **kwargs)
+
+        return read
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if any(word in name for word in WAITING):
+            self.found.append(name)
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        if any(isinstance(each, torch.Tensor) and each.dtype == torch.bool for each in indices):
+            self.found.append(f"{name} by a mask")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """Through plain torch modules and kernels, which is what a device runs."""
+    model = tiny_model("gqa")
+    kernels = {"linear": "torch", "norm": "torch", "activation": "torch", "decoder_layer": "modules"}
+    settings = {
+        "attention": {"backend": "sdpa"},
+        "dtype": "fp32",
+        "cache": {"block_size": 4, "num_blocks": 64},
+        "kernels": kernels,
+    }
+    shardformer = InferenceShardformer(ShardConfig(device="cpu"), InferenceConfig.model_validate(settings))
+    shardformer.optimize(model)
+    yield shardformer.attach(model)
+    shardformer.close()
+
+
+def _watched_steps(engine, monkeypatch, params: list[SamplingParams]) -> list[list[str]]:
+    for prompt, sampling in zip(ragged_prompts(len(params), 160), params, strict=True):
+        engine.add_request(prompt, sampling)
+    steps = []
+    while engine.has_unfinished():
+        with monkeypatch.context() as patch:
+            watch = Watch(patch)
+            with watch:
+                engine.step()
+        steps.append(watch.found)
+    return steps
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_a_step_waits_once(engine, monkeypatch, name) -> None:
+    params = [SamplingParams(max_new_tokens=4, ignore_eos=True, **SAMPLING[name])] * 3
+    steps = _watched_steps(engine, monkeypatch, params)
+    assert len(steps) == 4
+    assert steps == [["tolist"]] * 4
+
+
+def test_a_mixed_step_waits_once_too(engine, monkeypatch) -> None:
+    params = [SamplingParams(max_new_tokens=3, ignore_eos=True, **each) for each in SAMPLING.values()]
+    assert _watched_steps(engine, monkeypatch, params) == [["tolist"]] * 3
+
+
+def test_the_watch_sees_what_it_should(monkeypatch) -> None:
+    rows = torch.arange(4)
+    with monkeypatch.context() as patch:
+        watch = Watch(patch)
+        with watch:
+            rows.unique()
+            rows[rows > 1]
+            rows.tolist()
+            bool(rows[0])
+    assert {"tolist", "__bool__", "index by a mask"} <= set(watch.found)
+    assert any("unique" in each for each in watch.found)
