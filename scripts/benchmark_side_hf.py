@@ -6,9 +6,10 @@ import argparse
 import time
 
 import torch
+from benchmarking.hugging_face import run_continuous
 from benchmarking.serving import Serve, serve
 from benchmarking.workloads import Workload
-from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 
 def static(model: LlamaForCausalLM) -> Serve:
@@ -31,25 +32,8 @@ def static(model: LlamaForCausalLM) -> Serve:
 
 
 def continuous(model: LlamaForCausalLM) -> Serve:
-    """Hugging Face's paged continuous batching, every request with its own length."""
-    config = ContinuousBatchingConfig(page_size=32, num_blocks=512, max_batch_tokens=2048)
-    generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=64)
-
-    def run(work: Workload) -> tuple[float, int]:
-        with model.continuous_batching_context_manager(
-            generation_config=generation, continuous_batching_config=config
-        ) as manager:
-            start = time.perf_counter()
-            for index, (prompt, length) in enumerate(zip(work.prompts, work.max_new_tokens, strict=True)):
-                manager.add_request(prompt, request_id=str(index), max_new_tokens=length)
-            results: dict[str, int] = {}
-            while len(results) < len(work.prompts):
-                result = manager.get_result(timeout=60)
-                if result is not None and result.is_finished():
-                    results[result.request_id] = len(result.generated_tokens)
-            return time.perf_counter() - start, sum(results.values())
-
-    return run
+    """Hugging Face's paged continuous batching."""
+    return lambda work: run_continuous(model, work, num_blocks=512)
 
 
 def main() -> None:

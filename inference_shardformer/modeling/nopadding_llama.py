@@ -5,35 +5,26 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from inference_shardformer.attention.base import AttentionBackend, AttentionMetadata
+from inference_shardformer.attention.base import AttentionMetadata
 from inference_shardformer.layers.rotary import rotate
+from inference_shardformer.modeling.nopadding_attention import NoPaddingAttention, PositionEmbeddings
 
 
-class NoPaddingLlamaAttention(nn.Module):
-    """Attention of one layer on one rank: fused projections, rotary, paged cache, bound backend.
-
-    Keeps the signature Hugging Face's decoder layer calls; the packed batch arrives as `attn_metadata`.
-    """
-
-    def __init__(self, *, layer_idx: int, qkv_proj: nn.Module, o_proj: nn.Module, backend: AttentionBackend) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.qkv_proj = qkv_proj
-        self.o_proj = o_proj
-        self.backend = backend
-        spec = backend.spec
-        self.num_heads, self.num_kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+class NoPaddingLlamaAttention(NoPaddingAttention):
+    """Attention of one layer on one rank: fused projections, rotary over whole heads, paged cache, bound backend."""
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: PositionEmbeddings | None = None,
         attention_mask: torch.Tensor | None = None,
         *,
         attn_metadata: AttentionMetadata,
         **_: object,
     ) -> tuple[torch.Tensor, None]:
         """`[1, num_tokens, hidden_size]` in and out, equal on every rank; Hugging Face expects a second value."""
+        if position_embeddings is None:
+            raise TypeError(f"layer {self.layer_idx} was given no cos and sin; Hugging Face's layer passes them")
         num_tokens = hidden_states.shape[1]
         qkv = self.qkv_proj(hidden_states).view(
             num_tokens, -1, self.head_dim
@@ -45,11 +36,6 @@ class NoPaddingLlamaAttention(nn.Module):
         self.backend.write(k, qkv[:, num_rotated:], cache, meta)
         out = self.backend.attend(q, cache, meta)  # [num_tokens, num_heads, head_dim]
         return self.o_proj(out.reshape(1, num_tokens, -1)), None
-
-    def extra_repr(self) -> str:
-        """The bound backend and the head counts of this rank."""
-        heads = f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
-        return f"backend={self.backend.name}, {heads}"
 
 
 class NoPaddingLlamaMLP(nn.Module):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from benchmarking.hugging_face import run_continuous
 from benchmarking.workloads import Workload, ragged, single
 from transformers import LlamaForCausalLM
 
@@ -183,26 +184,11 @@ def _hf_generate(model: LlamaForCausalLM, device: torch.device) -> Run:
 
 
 def _hf_continuous(model: LlamaForCausalLM, count: int) -> Run:
-    """Hugging Face's paged continuous batching, every request with its own length."""
-    from transformers import ContinuousBatchingConfig, GenerationConfig
-
-    config = ContinuousBatchingConfig(page_size=32, num_blocks=count * 16, max_batch_tokens=2048)
-    generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=64)
+    """Hugging Face's paged continuous batching."""
 
     def run(work: Workload) -> float:
-        with model.continuous_batching_context_manager(
-            generation_config=generation, continuous_batching_config=config
-        ) as manager:
-            start = time.perf_counter()
-            for index, (prompt, length) in enumerate(zip(work.prompts, work.max_new_tokens, strict=True)):
-                manager.add_request(prompt, request_id=str(index), max_new_tokens=length)
-            results: dict[str, int] = {}
-            while len(results) < len(work.prompts):
-                result = manager.get_result(timeout=60)
-                if result is not None and result.is_finished():
-                    results[result.request_id] = len(result.generated_tokens)
-            seconds = time.perf_counter() - start
-        _check(sum(results.values()), work)
+        seconds, generated = run_continuous(model, work, num_blocks=count * 16)
+        _check(generated, work)
         return seconds
 
     return run
