@@ -57,6 +57,11 @@ class PagedKVCache:
         """Keys and values of one layer, as views into the cache."""
         return self._layers[layer_idx]
 
+    def layer_as_nhd(self, layer_idx: int) -> LayerKVCache:
+        """The same as `[num_blocks, block_size, num_kv_heads, head_dim]`, whatever the layer's layout is."""
+        own = self.layouts[layer_idx]
+        return LayerKVCache(*map(own.as_nhd, self._layers[layer_idx]))
+
     def converted(self, layout: KVLayout | Sequence[KVLayout], block_ids: Sequence[int]) -> PagedKVCache:
         """A new cache of the same size in other layouts, with the contents of these blocks; all else is zero.
 

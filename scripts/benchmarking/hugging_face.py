@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
-
-from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaForCausalLM
+from typing import TYPE_CHECKING
 
 from benchmarking.workloads import Workload
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 
 def run_continuous(model: LlamaForCausalLM, work: Workload, *, num_blocks: int) -> tuple[float, int]:
     """Seconds and generated tokens of a workload, every request with its own length, over 32-token pages."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig  # newer than the oldest transformers
+
     config = ContinuousBatchingConfig(page_size=32, num_blocks=num_blocks, max_batch_tokens=2048)
     generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=64)
     with model.continuous_batching_context_manager(
