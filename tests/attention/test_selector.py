@@ -214,7 +214,7 @@ class TestInstalledPlugins:
         assert "entry point plugged = good_plugin:Backend of good_plugin 1.2" in selection.candidates()
 
     def test_one_that_would_crash_us_is_a_verdict(self, installed):
-        registry = installed("crashing_plugin", "import os\nos.kill(os.getpid(), 11)\n")
+        registry = installed("crashing_plugin", "import os, time\nos.kill(os.getpid(), 11)\ntime.sleep(9)\n")
         verdict = _verdict("plugged", select(SPEC, "auto", registry))
         assert verdict.reasons[0].code == "plugin"
         assert "its import crashed with SIGSEGV" in verdict.reasons[0].message

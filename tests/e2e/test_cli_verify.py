@@ -32,9 +32,9 @@ def test_the_demo_model_verifies(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_wrong_policy_is_told_and_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "broken_policy.py").write_text(_BROKEN)
+    (tmp_path / "defective_policy.py").write_text(_BROKEN)
     monkeypatch.chdir(tmp_path)
-    assert main(["verify", "--model", "demo", "--policy", "broken_policy:Broken"]) == 1
+    assert main(["verify", "--model", "demo", "--policy", "defective_policy:Broken"]) == 1
     out = capsys.readouterr().out
     assert "structure    FAILED" in out
     assert "structure: lm_head" in out

@@ -193,7 +193,7 @@ def test_what_is_beaten_is_kept_in_order(tmp_path):
     loaded = load(files=files, environ={VARIABLE: "3"}, sets=("cache.block_size=4",), inference=called)
     assert loaded.inference.cache.block_size == 5
     assert loaded.origin(BLOCK) == Origin(Level.CALL)
-    assert [item.value for item in loaded.beaten(BLOCK)] == [4, 3, 2, 1, 16]
+    assert [item.value for item in loaded.beaten(BLOCK)] == [4, 3, 2, 1, "auto"]
     assert str(loaded.beaten(BLOCK)[3].origin) == f"file {files[0]}:1"
     assert loaded.beaten("inference.seed") == ()
 
@@ -201,7 +201,7 @@ def test_what_is_beaten_is_kept_in_order(tmp_path):
 def test_the_environment_is_read_unless_it_is_given(monkeypatch):
     monkeypatch.setenv(VARIABLE, "7")
     assert load_config().inference.cache.block_size == 7
-    assert load().inference.cache.block_size == 16
+    assert load().inference.cache.block_size == "auto"
 
 
 def test_files_may_name_their_schema_version(tmp_path):
