@@ -9,8 +9,9 @@ import torch
 from benchmarking.serving import serve
 from benchmarking.workloads import Workload
 
-from inference_shardformer import InferenceShardformer, RankFailure, SamplingParams, ShardConfig
+from inference_shardformer import InferenceShardformer, SamplingParams, ShardConfig
 from inference_shardformer.config.sources import ConfigSources
+from inference_shardformer.errors import RankFailure
 
 
 def main() -> None:
