@@ -1,7 +1,8 @@
 """Loading a checkpoint: each rank's peak memory beside its plan, and the rate beside the page cache and Hugging Face.
 
-Three sides take turns, each in fresh processes that have loaded a small model before: ours on `--tp` ranks, Hugging
-Face's `from_pretrained`, and reading the files without doing anything with them. The weights are random, in bf16.
+Four sides take turns, each in fresh processes that have loaded a small model before: ours on `--tp` ranks, Hugging
+Face's `from_pretrained`, which maps the files and reads them at their first use, and a plain read of the files, into one
+buffer or into memory of their own. The weights are random, in bf16.
 Ends with code 1 if a rank's peak is above 1.1 times its plan.
 
     python scripts/benchmark_load.py --size 1.1b --tp 2 --rounds 5
@@ -104,7 +105,20 @@ def read_only(folder: Path) -> dict[str, float]:
     return {"seconds": time.perf_counter() - started}
 
 
-SIDES = {"ours": ours, "hugging-face": hugging_face, "read": read_only}
+def read_and_keep(folder: Path) -> dict[str, float]:
+    """Read every byte of the files into memory of its own, as whoever keeps weights must."""
+    started = time.perf_counter()
+    kept = []
+    for path in sorted(folder.glob("*.safetensors")):
+        kept.append(bytearray(path.stat().st_size))
+        with path.open("rb", buffering=0) as file:
+            view = memoryview(kept[-1])
+            while count := file.readinto(view[:_CHUNK_BYTES]):
+                view = view[count:]
+    return {"seconds": time.perf_counter() - started}
+
+
+SIDES = {"ours": ours, "hugging-face": hugging_face, "read": read_only, "read and keep": read_and_keep}
 
 
 def run_side(name: str, small: Path, folder: Path) -> None:
