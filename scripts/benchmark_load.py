@@ -1,8 +1,8 @@
 """Loading a checkpoint: each rank's peak memory beside its plan, and the rate beside the page cache and Hugging Face.
 
 Four sides take turns, each in fresh processes that have loaded a small model before: ours on `--tp` ranks, Hugging
-Face's `from_pretrained`, which maps the files and reads them at their first use, and a plain read of the files, into one
-buffer or into memory of their own. The weights are random, in bf16.
+Face's `from_pretrained`, which maps the files and reads them at their first use, and a plain read of the files, into
+one buffer or into memory of their own. The weights are random, in bf16.
 Ends with code 1 if a rank's peak is above 1.1 times its plan.
 
     python scripts/benchmark_load.py --size 1.1b --tp 2 --rounds 5
