@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import cast
 
 import torch
 
 from inference_shardformer.attention.selector import Selection, Verdict
 from inference_shardformer.attention.spec import Reason
 from inference_shardformer.compute.base import ComputeKernel, ComputeKind, ComputeSpec
-from inference_shardformer.compute.registry import KERNELS, KernelRegistries
+from inference_shardformer.compute.registry import KERNELS, KernelRegistries, KernelRegistry
 from inference_shardformer.errors import BackendUnavailableError, PluginError
 from inference_shardformer.plugins import unknown_name
 from inference_shardformer.probing.collect import collect_facts
@@ -97,14 +96,11 @@ def select_kernel(kind: ComputeKind, spec: ComputeSpec, requested: str, survey: 
     raise _refusal(kind, requested, ordered, verdicts)
 
 
-def _load(name: str, registry: object) -> KernelCandidate:
-    from inference_shardformer.compute.registry import KernelRegistry
-
-    known = cast("KernelRegistry", registry)
+def _load(name: str, registry: KernelRegistry) -> KernelCandidate:
     try:
-        return KernelCandidate(name, known.origin(name), known.get(name))
+        return KernelCandidate(name, registry.origin(name), registry.get(name))
     except PluginError as exc:
-        return KernelCandidate(name, known.origin(name), None, exc)
+        return KernelCandidate(name, registry.origin(name), None, exc)
 
 
 def _in_order(

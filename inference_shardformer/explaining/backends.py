@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from inference_shardformer.attention.groups import layer_ranges
 from inference_shardformer.attention.selector import Selection
 from inference_shardformer.attention.verdicts import LayerVerdicts
-from inference_shardformer.explaining.kernels import short, told
+from inference_shardformer.explaining.kernels import candidates_object, told
 from inference_shardformer.explaining.text import INDENT
 
 
@@ -32,15 +32,7 @@ class BackendGroup:
             "spec": dict(self.found.spec),
             "chosen": self.selection.name,
             "reason": self.selection.reason,
-            "candidates": [
-                {
-                    "name": verdict.name,
-                    "origin": verdict.origin,
-                    "verdict": short(verdict, self.selection),
-                    "reasons": [reason._asdict() for reason in verdict.reasons],
-                }
-                for verdict in self.selection.verdicts
-            ],
+            "candidates": candidates_object(self.selection),
         }
 
     def rows(self) -> list[tuple[str, str]]:

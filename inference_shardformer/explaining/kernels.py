@@ -32,13 +32,25 @@ def kernels_object(selections: Mapping[str, Selection]) -> dict[str, object] | N
     return {kind: _object(selection) for kind, selection in selections.items()} or None
 
 
+def candidates_object(selection: Selection) -> list[dict[str, object]]:
+    """Every candidate of a choice with its verdict, for programs."""
+    return [
+        {
+            "name": verdict.name,
+            "origin": verdict.origin,
+            "verdict": _short(verdict, selection),
+            "reasons": [reason._asdict() for reason in verdict.reasons],
+        }
+        for verdict in selection.verdicts
+    ]
+
+
 def told(verdict: Verdict, selection: Selection) -> str:
     """One candidate's verdict in words: every reason against it, or whether it was chosen."""
-    return _reasons(verdict.reasons) or short(verdict, selection)
+    return _reasons(verdict.reasons) or _short(verdict, selection)
 
 
-def short(verdict: Verdict, selection: Selection) -> str:
-    """One candidate's verdict: refused, chosen, could serve."""
+def _short(verdict: Verdict, selection: Selection) -> str:
     if verdict.reasons:
         return "refused"
     return "chosen" if verdict.name == selection.name else "could serve"
@@ -53,13 +65,5 @@ def _object(selection: Selection) -> dict[str, object]:
         "requested": selection.requested,
         "chosen": selection.name,
         "reason": selection.reason,
-        "candidates": [
-            {
-                "name": verdict.name,
-                "origin": verdict.origin,
-                "verdict": short(verdict, selection),
-                "reasons": [reason._asdict() for reason in verdict.reasons],
-            }
-            for verdict in selection.verdicts
-        ],
+        "candidates": candidates_object(selection),
     }
