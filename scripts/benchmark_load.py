@@ -2,7 +2,10 @@
 
 Four sides take turns, each in fresh processes that have loaded a small model before: ours on `--tp` ranks, Hugging
 Face's `from_pretrained`, which maps the files and reads them at their first use, and a plain read of the files, into
-one buffer or into memory of their own. The weights are random, in bf16.
+one buffer or into memory of their own, by as many threads as ours has. The weights are random, in bf16.
+
+Before it is timed a process writes as much memory as the weights need and gives it back, unless `--fresh-memory`: the
+host of a virtual machine takes back what is free, and getting it again is slow and no business of whoever loads.
 Ends with code 1 if a rank's peak is above 1.1 times its plan.
 
     python scripts/benchmark_load.py --size 1.1b --tp 2 --rounds 5
@@ -12,13 +15,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -95,38 +102,57 @@ def hugging_face(folder: Path) -> dict[str, float]:
 
 
 def read_only(folder: Path) -> dict[str, float]:
-    """Read every byte of the files into one buffer."""
-    buffer = bytearray(_CHUNK_BYTES)
-    started = time.perf_counter()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
-    return {"seconds": time.perf_counter() - started}
+    """Read every byte of the files, each thread into a buffer of its own."""
+    buffers = threading.local()
+
+    def read(fd: int, offset: int, size: int) -> None:
+        if not hasattr(buffers, "bytes"):
+            buffers.bytes = bytearray(_CHUNK_BYTES)
+        os.preadv(fd, [memoryview(buffers.bytes)[:size]], offset)
+
+    return {"seconds": _read_files(folder, read)}
 
 
 def read_and_keep(folder: Path) -> dict[str, float]:
-    """Read every byte of the files into memory of its own, as whoever keeps weights must."""
+    """Read every byte of the files into huge pages of their own, as whoever keeps weights must."""
+    kept: dict[int, memoryview] = {}
+
+    def read(fd: int, offset: int, size: int) -> None:
+        os.preadv(fd, [kept[fd][offset : offset + size]], offset)
+
+    def keep(fd: int, size: int) -> None:
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.madvise(mmap.MADV_HUGEPAGE)
+        kept[fd] = memoryview(pages)
+
+    return {"seconds": _read_files(folder, read, keep)}
+
+
+def _read_files(
+    folder: Path, read: Callable[[int, int, int], None], begin: Callable[[int, int], None] | None = None
+) -> float:
+    """Seconds to read all files in chunks, with torch's number of threads."""
     started = time.perf_counter()
-    kept = []
-    for path in sorted(folder.glob("*.safetensors")):
-        kept.append(bytearray(path.stat().st_size))
-        with path.open("rb", buffering=0) as file:
-            view = memoryview(kept[-1])
-            while count := file.readinto(view[:_CHUNK_BYTES]):
-                view = view[count:]
-    return {"seconds": time.perf_counter() - started}
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for path in sorted(folder.glob("*.safetensors")):
+            fd, size = os.open(path, os.O_RDONLY), path.stat().st_size
+            if begin is not None:
+                begin(fd, size)
+            starts = range(0, size, _CHUNK_BYTES)
+            list(pool.map(lambda start, fd=fd, size=size: read(fd, start, min(_CHUNK_BYTES, size - start)), starts))
+    return time.perf_counter() - started
 
 
 SIDES = {"ours": ours, "hugging-face": hugging_face, "read": read_only, "read and keep": read_and_keep}
 
 
-def run_side(name: str, small: Path, folder: Path) -> None:
+def run_side(name: str, small: Path, folder: Path, *, is_fresh: bool) -> None:
     """What a process of one side does: load the small model, forget the peak so far, load the large one."""
-    torch.set_num_threads(1)
     if "RANK" in os.environ:
         torch.distributed.init_process_group("gloo")
     SIDES[name](small)
+    if not is_fresh:
+        _have_memory(sum(path.stat().st_size for path in folder.glob("*.safetensors")))
     Path("/proc/self/clear_refs").write_text("5")
     before = peak_bytes()
     result = SIDES[name](folder)
@@ -135,16 +161,38 @@ def run_side(name: str, small: Path, folder: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
-def start_side(name: str, small: Path, folder: Path, *, num_ranks: int) -> list[dict[str, float]]:
+def _have_memory(num_bytes: int) -> None:
+    """Write so much memory, in huge pages, and give it back."""
+    with mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as pages:
+        pages.madvise(mmap.MADV_HUGEPAGE)
+        for start in range(0, num_bytes, _PAGE_BYTES):
+            pages[start] = 1
+
+
+def _forget(folder: Path) -> None:
+    """Drop the files from the page cache."""
+    for path in folder.glob("*.safetensors"):
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+def start_side(
+    name: str, small: Path, folder: Path, *, num_ranks: int, is_fresh: bool, is_cold: bool
+) -> list[dict[str, float]]:
     """Run one side in fresh processes; what each has to say, in rank order."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    command = [sys.executable, __file__, "--side", name, str(small), str(folder)]
+    command = [sys.executable, __file__, "--side", name, str(small), str(folder), *["--fresh-memory"] * is_fresh]
+    if is_cold:
+        _forget(folder)
+    threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
     processes = []
     for rank in range(num_ranks):
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
         own = {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if name == "ours" else {}
-        environment = os.environ | {key: str(value) for key, value in own.items()} | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | {key: str(value) for key, value in own.items()} | {"OMP_NUM_THREADS": str(threads)}
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     said = [process.communicate(timeout=600)[0] for process in processes]
     if any(process.returncode for process in processes):
@@ -177,10 +225,14 @@ def main() -> int:
     parser.add_argument("--size", choices=SHAPES, default="135m")
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--fresh-memory", action="store_true", help="take memory as the system gives it")
+    parser.add_argument(
+        "--cold", action="store_true", help="let the system forget the files before each side reads them"
+    )
     parser.add_argument("--side", nargs=3, metavar=("NAME", "SMALL", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        run_side(args.side[0], Path(args.side[1]), Path(args.side[2]))
+        run_side(args.side[0], Path(args.side[1]), Path(args.side[2]), is_fresh=args.fresh_memory)
         return 0
     with tempfile.TemporaryDirectory() as folder:
         small, large = Path(folder, "small"), Path(folder, "large")
@@ -189,7 +241,10 @@ def main() -> int:
         results: dict[str, list[list[dict[str, float]]]] = {name: [] for name in SIDES}
         for number in range(args.rounds):
             for name, rounds in results.items():
-                rounds.append(start_side(name, small, large, num_ranks=args.tp if name == "ours" else 1))
+                num_ranks = args.tp if name == "ours" else 1
+                rounds.append(
+                    start_side(name, small, large, num_ranks=num_ranks, is_fresh=args.fresh_memory, is_cold=args.cold)
+                )
                 print(f"round {number + 1}: {name:14} {max(each['seconds'] for each in rounds[-1]):.3f} s", flush=True)
         return 0 if report(results, num_bytes, args.tp) else 1
 

@@ -15,7 +15,7 @@ from inference_shardformer.sharding.safetensors_file import SafetensorsFile, Scr
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth")
-_CHUNK_BYTES = 8 * 2**20  # bounds the memory of reading while types are converted
+_CHUNK_BYTES = 8 * 2**20
 
 
 class SafetensorsCheckpoint:
@@ -43,6 +43,12 @@ class SafetensorsCheckpoint:
     def bytes_read(self) -> int:
         """Bytes of the slices read so far on this rank."""
         return sum(file.bytes_read for file in self._files.values())
+
+    def announce(self, part: SourceSlice) -> None:
+        """Let the disk begin with the rows that hold the slice."""
+        file = self._files[self._owner[part.tensor]]
+        first, last = (part.start, part.stop) if part.dim == 0 else (0, file.tensors[part.tensor].shape[0])
+        file.announce_rows(part.tensor, first, last)
 
     def chunks(self, part: SourceSlice) -> Iterator[tuple[int, torch.Tensor]]:
         """The slice in bounded pieces along the first axis, each with its first row relative to the slice.
@@ -83,6 +89,9 @@ class StateDictSource:
     def held(self) -> Mapping[str, torch.Tensor]:
         """The tensors that were not let go."""
         return self._tensors
+
+    def announce(self, part: SourceSlice) -> None:
+        """Nothing to prepare: the tensors are here."""
 
     def chunks(self, part: SourceSlice) -> Iterator[tuple[int, torch.Tensor]]:
         """The slice as one piece."""

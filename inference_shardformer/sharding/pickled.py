@@ -37,6 +37,9 @@ class PickledCheckpoint:
         """Name, shape and type of every tensor."""
         return {name: TensorInfo(tuple(tensor.shape), str(tensor.dtype)) for name, tensor in self._tensors.items()}
 
+    def announce(self, part: SourceSlice) -> None:
+        """Nothing to prepare: pages are read where they are touched."""
+
     def chunks(self, part: SourceSlice) -> Iterator[tuple[int, torch.Tensor]]:
         """The slice as one piece."""
         piece = self._tensors[part.tensor].narrow(part.dim, part.start, part.stop - part.start)

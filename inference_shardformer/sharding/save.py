@@ -114,6 +114,12 @@ class RankCheckpoint:
         """Bytes of tensor data read so far."""
         return self._file.bytes_read
 
+    def announce(self, part: SourceSlice) -> None:
+        """Let the disk begin with the rows that hold the slice."""
+        name = self._places[part]
+        rows = (part.offset, part.offset + part.stop - part.start)
+        self._file.announce_rows(name, *(rows if part.dim == 0 else (0, self._file.tensors[name].shape[0])))
+
     def chunks(self, part: SourceSlice) -> Iterator[tuple[int, torch.Tensor]]:
         """The slice in bounded pieces along the first axis; each is valid until the next."""
         name = self._places[part]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -16,6 +16,8 @@ from inference_shardformer.sharding.storage import FollowsWeights, allocate_para
 
 Progress = Callable[[int, int], None]
 
+_NUM_AHEAD = 4  # parameters that the disk may work on while others are stored
+
 
 class WeightSource(Protocol):
     """Where slices come from: a checkpoint on disk, or a model in memory. Several threads ask for them."""
@@ -23,6 +25,9 @@ class WeightSource(Protocol):
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """What is there."""
+
+    def announce(self, part: SourceSlice) -> None:
+        """The slice will be asked for soon."""
 
     def chunks(self, part: SourceSlice) -> Iterator[tuple[int, torch.Tensor]]:
         """The slice in pieces along the first axis; each is valid until the same thread asks for the next."""
@@ -93,7 +98,7 @@ def _filled(
     """
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     if threads == 1:
-        for parameter in plan.parameters:
+        for parameter in _announced(plan.parameters, source):
             _allocate(model, parameter, dtype, device)
             _fill(model, parameter, source)
             yield parameter
@@ -108,7 +113,7 @@ def _filled(
     running: deque[Future[ParameterPlan]] = deque()
     try:
         with ThreadPoolExecutor(threads, "weights", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for parameter in plan.parameters:
+            for parameter in _announced(plan.parameters, source):
                 if len(running) == threads:
                     yield running.popleft().result()
                 _allocate(model, parameter, dtype, device)
@@ -117,6 +122,18 @@ def _filled(
                 yield running.popleft().result()
     finally:
         torch.set_num_threads(threads)  # what the others set is the number of threads that begin later, too
+
+
+def _announced(parameters: Iterable[ParameterPlan], source: WeightSource) -> Iterator[ParameterPlan]:
+    """The parameters, of which each is announced when some others are still before it."""
+    ahead: deque[ParameterPlan] = deque()
+    for parameter in parameters:
+        for part in parameter.slices:
+            source.announce(part)
+        ahead.append(parameter)
+        if len(ahead) > _NUM_AHEAD:
+            yield ahead.popleft()
+    yield from ahead
 
 
 def _allocate(model: nn.Module, parameter: ParameterPlan, dtype: torch.dtype, device: torch.device) -> None:

@@ -63,6 +63,19 @@ def test_the_layout_is_what_it_is_said_to_be():
 
 
 @pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("shape", [(64, 64), (50, 100)], ids=str)
+def test_every_level_packs_alike(native_library, dtype, shape, segments):
+    weight = noise(*shape, dtype=dtype)
+    best = native_library.isa_level
+    found = []
+    for level in native_library.isa_levels:
+        native_library.set_isa_level(level)
+        found.append(pack(weight, segments=segments).storage.clone())
+    native_library.set_isa_level(best)
+    assert all(torch.equal(storage, found[0]) for storage in found[1:])
+
+
+@pytest.mark.parametrize("segments", [1, 2])
 @pytest.mark.parametrize("group", [0, 4, 32, 64])
 def test_int8(dtype, group, segments):
     weight = noise(50, 100, dtype=dtype)

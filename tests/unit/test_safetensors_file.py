@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,21 @@ def test_only_the_bytes_of_the_slice_are_read(path: Path) -> None:
     file = SafetensorsFile(path)
     file.read_columns("matrix", 2, 4, (0, 12))
     assert file.bytes_read == 12 * 2 * 4
+
+
+@pytest.mark.parametrize(("dim", "rows"), [(0, (3, 9)), (1, (0, 12))])
+def test_an_announced_slice_is_read_ahead(
+    path: Path, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch, dim: int, rows: tuple[int, int]
+) -> None:
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, offset, size, advice: asked.append((offset, size, advice)))
+    checkpoint = SafetensorsCheckpoint(path.parent)
+    checkpoint.announce(SourceSlice("matrix", dim, 3, 9, 0))
+    checkpoint.close()
+    ((offset, size, advice),) = asked
+    expected = tensors["matrix"][rows[0] : rows[1]].numpy().tobytes()
+    assert path.read_bytes()[offset : offset + size] == expected
+    assert advice == os.POSIX_FADV_WILLNEED
 
 
 def test_chunks_put_together_are_the_slice(

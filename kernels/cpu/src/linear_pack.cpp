@@ -6,8 +6,12 @@
 #include <cstring>
 #include <limits>
 
+#include "dispatch.h"
 #include "entry.h"
 #include "linear_layout.h"
+#include "transpose.h"
+
+ISF_FAMILY(TransposeKernels, transpose_kernels)
 
 namespace isf {
 namespace {
@@ -58,6 +62,17 @@ void copy_tile(Cell* packed, char* plain, int64_t stride, int64_t count) {
   }
 }
 
+// Whether a kernel did it: it takes full half panels of 32-bit cells that lie at cache lines.
+template <class Cell>
+bool pack_lines(Cell* packed, const void* plain, int64_t stride, int64_t count, int64_t lines) {
+  const auto kernel = transpose_kernels().half_panel;
+  if (sizeof(Cell) != 4 || kernel == nullptr || count != kHalf || reinterpret_cast<uintptr_t>(packed) % kLine != 0) {
+    return false;
+  }
+  kernel(reinterpret_cast<uint32_t*>(packed), static_cast<const char*>(plain), stride, lines);
+  return true;
+}
+
 template <class T, class Cell, bool kUnpack>
 void copy_slab(const PackArgs& args, Team& team) {
   const PackedLayout layout = packed_layout(args.dtype, args.n, args.k, args.segments);
@@ -66,10 +81,12 @@ void copy_slab(const PackArgs& args, Team& team) {
     const int64_t count = lanes.last - lanes.first;
     T* packed = static_cast<T*>(args.packed) + layout.first_element(lanes.panel, lanes.half, lanes.first);
     T* plain = static_cast<T*>(args.plain) + lanes.row * args.ld;
-    const int64_t tiled = args.col0 % unit == 0 ? args.cols / step * step : 0;
-    for (int64_t c = 0; c < tiled; c += step) {
-      Cell* cells = reinterpret_cast<Cell*>(packed) + (args.col0 + c) / unit * kPanelColumns;
-      copy_tile<Cell, kUnpack>(cells, reinterpret_cast<char*>(plain + c), args.ld * sizeof(T), count);
+    const int64_t tiled = args.col0 % unit == 0 ? args.cols / step * step : 0, stride = args.ld * sizeof(T);
+    Cell* cells = reinterpret_cast<Cell*>(packed) + args.col0 / unit * kPanelColumns;
+    if (kUnpack || !pack_lines(cells, plain, stride, count, tiled / step)) {
+      for (int64_t c = 0; c < tiled; c += step, cells += step / unit * kPanelColumns) {
+        copy_tile<Cell, kUnpack>(cells, reinterpret_cast<char*>(plain + c), stride, count);
+      }
     }
     for (int64_t c = tiled; c < args.cols; ++c) {
       const int64_t col = args.col0 + c;
