@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from inference_shardformer.errors import CheckpointError, UnsupportedModelError
 from inference_shardformer.importing import collection_paused
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 _SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 _WEIGHTS = ("*.safetensors",)
+_DRAWN = {"uniform_", "normal_", "kaiming_uniform_"}  # of torch.Tensor and of torch.nn.init, which fill in place
 
 
 def locate_checkpoint(path_or_hub_id: str | Path, *, with_weights: bool = True) -> Path:
@@ -45,6 +48,12 @@ def read_model(path_or_hub_id: str | Path, policy: Policy | None, *, trust_remot
     folder = locate_checkpoint(path_or_hub_id, with_weights=False)
     hf_config = load_hf_config(folder, trust_remote_code=trust_remote_code)
     return ModelSource(hf_config, architecture_of(hf_config), eos_token_ids(folder, hf_config), policy)
+
+
+def model_in_memory(model: PreTrainedModel, policy: Policy | None = None) -> ModelSource:
+    """What is known of a model that has its weights."""
+    eos = eos_token_ids(model, model.config)
+    return ModelSource(model.config, type(model).__name__, eos, policy, model.dtype)
 
 
 def load_hf_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
@@ -93,7 +102,7 @@ def build_on_meta(hf_config: PreTrainedConfig, architecture: str, folder: Path |
             f"transformers {transformers.__version__} has no class {architecture!r}",
             remedy="upgrade transformers, or correct `architectures` in config.json",
         )
-    with torch.device("meta"):
+    with torch.device("meta"), _NothingDrawn():
         model: PreTrainedModel = model_class(hf_config)
     generation = None if folder is None else _generation(folder)
     if generation is not None:
@@ -115,6 +124,25 @@ def skip_attention_masks(hf_config: PreTrainedConfig) -> None:
     """
     has_mask_interface = find_spec("transformers.masking_utils") is not None
     hf_config._attn_implementation = "nopadding" if has_mask_interface else "flash_attention_2"
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves out the random values of tensors that have no memory: torch takes a millisecond to draw each of them."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Iterable[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        """What a mode is asked for each call of torch."""
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _DRAWN:
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
 
 
 def _generation(folder: Path) -> GenerationConfig | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from functools import cache
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from typing import Generic, Protocol, TypeVar
 
 from inference_shardformer.errors import PluginError
 
@@ -21,6 +23,12 @@ RESERVED = ("auto", "tuned")
 class _Entry:
     target: object  # the object itself, or its import path as text
     origin: str
+
+
+class _Announced(Protocol):
+    """What `entry_points()` returns, whose class depends on the version of Python."""
+
+    def select(self, *, group: str) -> EntryPoints: ...
 
 
 class Registry(Generic[T]):
@@ -128,9 +136,15 @@ class Registry(Generic[T]):
             return
         entries = dict(self._entries)
         # A distribution may be listed twice on the path (an editable install beside its source): same text, one entry.
-        for point in dict.fromkeys(entry_points(group=self._group)):
+        for point in dict.fromkeys(_announced(tuple(sys.path)).select(group=self._group)):
             self._add(entries, point.name, _Entry(point.value, _origin(point)))
         self._entries, self._discovered = entries, True
+
+
+@cache
+def _announced(path: tuple[str, ...]) -> _Announced:
+    """What all distributions on `path`, which is that of this process, announce; read once for all registries."""
+    return entry_points()
 
 
 def unknown_name(kind: str, name: str, names: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from inference_shardformer.config.shard import ShardConfig
+from inference_shardformer.distributed.devices import device_of_rank
 from inference_shardformer.distributed.environment import RankEnvironment, ensure_process_group, process_group_for
 from inference_shardformer.distributed.guard import RankGuard
 from inference_shardformer.distributed.simulated.seat import SimulatedSeat
@@ -45,9 +46,12 @@ class Ranks:
             reason = "simulated ranks run on the CPU"
             return cls(simulated, simulated_guard, device_reason=reason, made_default_group=False)
         device_type, device_reason = resolve_device(shard)
-        index = RankEnvironment.detect().local_rank
-        device = torch.device("cuda", index) if device_type == "cuda" else torch.device("cpu")
-        made_default_group = process_group is None and ensure_process_group(device, timeout_s=shard.timeout_s)
+        device = device_of_rank(device_type, RankEnvironment.detect(), all_reduce=shard.all_reduce)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # what launches kernels by itself takes the current device
+        made_default_group = process_group is None and ensure_process_group(
+            device, shard.timeout_s, with_nccl=shard.all_reduce != "gloo"
+        )
         tp_size = None if shard.tp_size == "auto" else shard.tp_size
         members = process_group_for(tp_size, process_group)
         if members is None:

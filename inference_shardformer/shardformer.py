@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inference_shardformer import reversing
-from inference_shardformer.attaching import allocate_cache
+from inference_shardformer.attaching import attach_engine
 from inference_shardformer.attention.switch import BackendSwitch
 from inference_shardformer.config.effects import ConfigEvent
 from inference_shardformer.config.inference import InferenceConfig
 from inference_shardformer.config.loader import gather, merge_layers
-from inference_shardformer.config.resolved import with_decision
 from inference_shardformer.config.shard import ShardConfig
 from inference_shardformer.config.sources import ConfigSources
 from inference_shardformer.engine.engine import InferenceEngine
 from inference_shardformer.errors import EnvironmentMismatchError, StateError
 from inference_shardformer.explaining.explanation import Explanation, explain_engine
-from inference_shardformer.huggingface import eos_token_ids, locate_checkpoint, read_model
+from inference_shardformer.huggingface import locate_checkpoint, model_in_memory, read_model
 from inference_shardformer.planning.agreed import agreed_plan
 from inference_shardformer.preparing import prepare_together
 from inference_shardformer.ranks import Ranks
@@ -30,7 +29,6 @@ from inference_shardformer.resolving.preparation import Prepared
 from inference_shardformer.saving import SavesWeights
 from inference_shardformer.sharded import Sharded, shard_checkpoint, shard_rank_files
 from inference_shardformer.sharding.sharder import ModulePlacer, place_planned
-from inference_shardformer.sharding.update import ShardWriter
 from inference_shardformer.states import State, illegal
 
 if TYPE_CHECKING:
@@ -41,8 +39,6 @@ if TYPE_CHECKING:
     from inference_shardformer.policies.base import Policy
     from inference_shardformer.sharding.plan_file import PlanFile
     from inference_shardformer.sharding.weights import Progress
-
-_NUM_BLOCKS = "inference.cache.num_blocks"
 
 
 class InferenceShardformer(SavesWeights):
@@ -194,7 +190,7 @@ class InferenceShardformer(SavesWeights):
         return model
 
     def _optimize(self, model: PreTrainedModel, policy: Policy | None, *, must_be_reversible: bool) -> Sharded:
-        source = ModelSource(model.config, type(model).__name__, eos_token_ids(model, model.config), policy)
+        source = model_in_memory(model, policy)
         ranks = self._begin("optimize()", lambda: source)
         try:
             prepared = prepare_together(self._layers, ranks, lambda: source)
@@ -212,28 +208,7 @@ class InferenceShardformer(SavesWeights):
         if self._state is not State.SHARDED:
             raise self._illegal("attach()")
         prepared, sharded, ranks = self._held("attach()", model)
-        kv_cache, self._cache_reason = ranks.guard.together("cache allocation", lambda: allocate_cache(prepared, ranks))
-        config = with_decision(prepared.config, _NUM_BLOCKS, kv_cache.num_blocks, self._cache_reason)
-        self._switch = BackendSwitch(
-            model,
-            attention=prepared.attention,
-            selections=prepared.selections,
-            rank_verdicts=prepared.rank_verdicts,
-            options=config.inference.attention.options,
-        )
-        self._engine = InferenceEngine(
-            model,
-            facts=prepared.facts,
-            config=config,
-            attention=prepared.attention,
-            kv_cache=kv_cache,
-            group=ranks.group,
-            guard=ranks.guard,
-            vocab_range=sharded.plan.vocab_range,
-            tokenizer=tokenizer,
-            switch=self._switch,
-            weights=ShardWriter(sharded.model, sharded.plan, sharded.original, sharded.note_new_weights),
-        )
+        self._engine, self._switch, self._cache_reason = attach_engine(prepared, sharded, ranks, tokenizer)
         self._state = State.ATTACHED
         return self._engine
 

@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from inference_shardformer.kernels.e4m3 import E4M3, LARGEST_E4M3, SMALLEST_ROW, as_indexed, to_stored
+
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """The type the maths is done in: one step wider than the data."""
@@ -23,8 +25,8 @@ def write_kv(
     """Store each token's key and value at its slot."""
     block_size = k_cache.shape[1]
     for token, slot in enumerate(slot_mapping.tolist()):
-        k_cache[slot // block_size, slot % block_size] = k[token]
-        v_cache[slot // block_size, slot % block_size] = v[token]
+        k_cache[slot // block_size, slot % block_size] = to_stored(k[token], k_cache.dtype)
+        v_cache[slot // block_size, slot % block_size] = to_stored(v[token], v_cache.dtype)
 
 
 def paged_attention(
@@ -64,7 +66,8 @@ def paged_attention(
 def _gather(cache: torch.Tensor, block_table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """One sequence's keys or values in order of position: `[seq_len, num_kv_heads, head_dim]`."""
     block_size = cache.shape[1]
-    return cache[block_table[positions // block_size].long(), positions % block_size]
+    found = as_indexed(cache)[block_table[positions // block_size].long(), positions % block_size]
+    return found.view(cache.dtype)
 
 
 def _attend(
@@ -266,6 +269,18 @@ def dequantize_int8(codes: torch.Tensor, scales: torch.Tensor, group_size: int =
     """The float32 weight that codes and scales stand for."""
     size = group_size or codes.shape[1]
     return codes.float() * scales.repeat_interleave(size, dim=1)[:, : codes.shape[1]]
+
+
+def quantize_e4m3(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """e4m3 codes of `[num_rows, size]` and float32 scales `[num_rows, 1]`: a row's largest element becomes 448."""
+    wide = x.float()
+    scales = wide.abs().amax(dim=1, keepdim=True).clamp_min(SMALLEST_ROW) / LARGEST_E4M3
+    return (wide / scales).to(E4M3), scales
+
+
+def dequantize_e4m3(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The float32 matrix that codes and scales stand for."""
+    return codes.float() * scales
 
 
 def embedding(ids: torch.Tensor, weight: torch.Tensor, first: int = 0) -> torch.Tensor:

@@ -98,6 +98,9 @@ class Policy(ABC):
     architectures: ClassVar[tuple[str, ...]]
     can_capture: ClassVar[bool] = False  # no module of a step reads on the host what the device computed
     layer_shape: ClassVar[str] = ""  # "llama": decoder layers that a kernel for LLaMA's can run whole
+    model_shape: ClassVar[str] = ""  # "llama": embedding, rotary embedding, layers, norm and head, and nothing else
+    has_experts: ClassVar[bool] = False  # its MLPs are NoPaddingMoE, which a kernel may serve
+    rotary: ClassVar[str] = ""  # "halves": its attention is a NoPaddingRotaryAttention, which a kernel may serve
     Options: ClassVar[type[BaseModel] | None] = None
     options_version: ClassVar[int] = 1  # grows when an option is renamed, dropped or means something else
     options_steps: ClassVar[OptionsSteps] = MappingProxyType({})  # the step that leaves each older version

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 from torch import nn
 
 from inference_shardformer.config.model import ModelFacts
-from inference_shardformer.modeling.nopadding_attention import NoPaddingNormedAttention
+from inference_shardformer.modeling.nopadding_attention import NoPaddingNormedAttention, NoPaddingRotaryAttention
 from inference_shardformer.modeling.nopadding_llama import NoPaddingLlamaAttention, NoPaddingLlamaMLP
 from inference_shardformer.policies.base import BuildContext, Policy, PolicyEntry, ReplacementFactory
 from inference_shardformer.policies.facts import decoder_facts
@@ -38,6 +38,7 @@ class LlamaShapedPolicy(Policy):
     norms: ClassVar[tuple[str, ...]] = ("input_layernorm", "post_attention_layernorm")
     head_norms: ClassVar[tuple[str, ...]] = ()
     norms_are_offset: ClassVar[bool] = False
+    rotary: ClassVar[str] = "halves"
     intermediate_size: ClassVar[str] = "intermediate_size"
     activation: ClassVar[str] = "hidden_act"
     served: ClassVar[Mapping[str, object]] = MappingProxyType({})
@@ -115,7 +116,10 @@ def attention_of(module_class: type[nn.Module]) -> ReplacementFactory:
 
     def build(native: nn.Module, children: Mapping[str, nn.Module], context: BuildContext) -> nn.Module:
         layer_idx = cast("int", native.layer_idx)
-        return module_class(layer_idx=layer_idx, backend=context.backend_of(layer_idx), **children)
+        module = module_class(layer_idx=layer_idx, backend=context.backend_of(layer_idx), **children)
+        if isinstance(module, NoPaddingRotaryAttention):
+            module.turn_by(context.kernels.rotary_write)
+        return module
 
     return build
 

@@ -39,6 +39,7 @@ class GPTNeoXPolicy(Policy):
 
     name: ClassVar[str] = "gpt_neox"
     architectures: ClassVar[tuple[str, ...]] = ("GPTNeoXForCausalLM",)
+    rotary: ClassVar[str] = "halves"
 
     def facts(self, hf_config: PreTrainedConfig) -> ModelFacts:
         """Facts of a configuration."""

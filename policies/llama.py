@@ -14,3 +14,4 @@ class LlamaPolicy(LlamaShapedPolicy):
     family: ClassVar[str] = "Llama"
     can_capture: ClassVar[bool] = True
     layer_shape: ClassVar[str] = "llama"
+    model_shape: ClassVar[str] = "llama"

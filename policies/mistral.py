@@ -18,6 +18,7 @@ class MistralPolicy(LlamaShapedPolicy):
     family: ClassVar[str] = "Mistral"
     can_capture: ClassVar[bool] = True
     layer_shape: ClassVar[str] = "llama"
+    model_shape: ClassVar[str] = "llama"
 
     def sliding_windows(self, hf_config: PreTrainedConfig) -> SlidingWindows:
         """`sliding_window` tokens in every layer, or none."""

@@ -32,6 +32,8 @@ class MoEPolicy(LlamaShapedPolicy):
 
     projections: ClassVar[tuple[str, str, str]]
     layer_expects_logits: ClassVar[bool] = True
+    can_capture: ClassVar[bool] = True
+    has_experts: ClassVar[bool] = True
     served: ClassVar[Mapping[str, object]] = MappingProxyType({"output_router_logits": False})
 
     @abstractmethod
@@ -96,4 +98,5 @@ class MoEPolicy(LlamaShapedPolicy):
             top_k=int(config.num_experts_per_tok),
             normalises=self.normalises(config),
             group=context.group,
+            kernel=context.kernels.experts,
         )

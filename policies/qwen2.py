@@ -18,6 +18,7 @@ class Qwen2Policy(LlamaShapedPolicy):
     family: ClassVar[str] = "Qwen2"
     can_capture: ClassVar[bool] = True
     layer_shape: ClassVar[str] = "llama"
+    model_shape: ClassVar[str] = "llama"
 
     def sliding_windows(self, hf_config: PreTrainedConfig) -> SlidingWindows:
         """With `use_sliding_window`, the layers from `max_window_layers` on."""

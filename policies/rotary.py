@@ -12,7 +12,11 @@ from torch import nn
 
 from inference_shardformer.errors import UnsupportedModelError
 from inference_shardformer.layers.layer_type_rotary import LayerTypeRotaryEmbedding
-from inference_shardformer.layers.rotary import LengthDependentRotaryEmbedding, RotaryEmbedding
+from inference_shardformer.layers.rotary import (
+    LengthDependentRotaryEmbedding,
+    RotaryEmbedding,
+    TabledRotaryEmbedding,
+)
 from inference_shardformer.policies.base import BuildContext
 
 if TYPE_CHECKING:
@@ -69,7 +73,10 @@ def rotary_from_native(native: nn.Module, children: Mapping[str, nn.Module], con
     def frequencies(length: int) -> torch.Tensor:
         return initialise(config, torch.device("cpu"), seq_len=length)[0]
 
-    return LengthDependentRotaryEmbedding(frequencies, real.inv_freq, real.attention_scaling)
+    if context.group.device.type == "cpu":
+        return LengthDependentRotaryEmbedding(frequencies, real.inv_freq, real.attention_scaling)
+    longest = context.facts.max_position_embeddings
+    return TabledRotaryEmbedding(frequencies, real.inv_freq, real.attention_scaling, longest=longest)
 
 
 def rotary_by_layer_type(native: nn.Module, children: Mapping[str, nn.Module], context: BuildContext) -> nn.Module:

@@ -32,6 +32,7 @@ from benchmarking.workloads import SHAPES, Workload, ragged, single, write_check
 HERE = Path(__file__).parent
 OURS = "inference-shardformer"
 DECODED = 96
+CACHE_TOKENS = 2048  # of the section on memory
 SECTIONS = ("compare", "busy", "tp2", "roofline", "memory")
 
 
@@ -187,17 +188,20 @@ def _spin() -> None:
 
 
 def _memory(folder: str, args: argparse.Namespace) -> None:
-    """Peak memory beside what weights and cache need."""
-    side = _ours(folder, args.threads, sets=["inference.cache.num_blocks=512"])
+    """Peak memory beside what weights and cache need; one of the prompts fills every block of the cache."""
+    side = _ours(folder, args.threads, sets=[f"inference.cache.num_blocks={CACHE_TOKENS // 16}"])
+    vocab_size = int(str(SHAPES[args.shape]["vocab_size"]))
     with _started([side]):
+        side.run(single(CACHE_TOKENS - 16, 1, vocab_size=vocab_size))
         side.run(_works(args.shape)["ragged"])
     shape = {name: int(str(value)) for name, value in SHAPES[args.shape].items() if not isinstance(value, bool)}
     head_dim = shape["hidden_size"] // shape["num_attention_heads"]
-    cache = 2 * 2 * shape["num_hidden_layers"] * 512 * 16 * shape["num_key_value_heads"] * head_dim / 2**20
+    cache = 2 * 2 * shape["num_hidden_layers"] * CACHE_TOKENS * shape["num_key_value_heads"] * head_dim / 2**20
     weights = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) / 2**20
     rest = side.peak_rss_mib - weights - cache
     print(
-        f"memory: peak {side.peak_rss_mib:.0f} MiB = weights {weights:.0f} + cache {cache:.0f} + process {rest:.0f}\n"
+        f"memory: peak {side.peak_rss_mib:.0f} MiB = weights {weights:.0f} + cache {cache:.0f} + process {rest:.0f}, "
+        f"of which pages of library files {side.file_rss_mib:.0f}\n"
     )
 
 

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 PROMPT = list(range(100, 116))
+IMPORT, CONFIGURE, LOAD, FIRST_TOKEN = "import", "configure, import transformers", "load weights", "first token"
 _BEGAN = "BENCHMARK_START_BEGAN"  # of the child: `time.perf_counter()` of its parent, one clock for all processes
 
 Phases = dict[str, tuple[float, float]]  # seconds, and processor seconds of this process
@@ -42,43 +43,37 @@ class Stopwatch:
 
 def ours(folder: str, threads: int, watch: Stopwatch) -> None:
     """Import, load, put an engine over it, and generate one token."""
-    import torch
-
-    torch.set_num_threads(threads)
-    watch.end("import torch")
     from inference_shardformer import InferenceConfig, InferenceShardformer, SamplingParams, ShardConfig
 
-    watch.end("import package")
+    watch.end(IMPORT)
     first: list[tuple[float, float]] = []
 
     def note(done: int, total: int) -> None:
         if not first:
             first.append((time.perf_counter(), time.process_time()))
 
-    with InferenceShardformer(ShardConfig(device="cpu"), InferenceConfig(dtype="bf16")) as shardformer:
+    ranks = ShardConfig(device="cpu", threads_per_rank=threads)
+    with InferenceShardformer(ranks, InferenceConfig(dtype="bf16")) as shardformer:
         model = shardformer.from_pretrained(folder, progress=note)
-        watch.end("import transformers, decide", first[0])
-        watch.end("weights")
+        watch.end(CONFIGURE, first[0])
+        watch.end(LOAD)
         engine = shardformer.attach(model)
-        watch.end("cache, engine")
         engine.generate([PROMPT], SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True))
-        watch.end("first token")
+        watch.end(FIRST_TOKEN)
 
 
 def hugging_face(folder: str, threads: int, watch: Stopwatch) -> None:
-    """The same with `from_pretrained` and `generate`."""
+    """The same with `from_pretrained` and `generate`; what it decides and what it loads cannot be told apart."""
     import torch
-
-    torch.set_num_threads(threads)
-    watch.end("import torch")
     from transformers import AutoModelForCausalLM
 
-    watch.end("import transformers")
+    torch.set_num_threads(threads)
+    watch.end(IMPORT)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    watch.end("weights")
+    watch.end(LOAD)
     ids = torch.tensor([PROMPT])
     model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=1, pad_token_id=0)
-    watch.end("first token")
+    watch.end(FIRST_TOKEN)
 
 
 SIDES: dict[str, Callable[[str, int, Stopwatch], None]] = {"ours": ours, "hugging-face": hugging_face}

@@ -2,7 +2,8 @@
 
 Every attention backend beside the reference, the engine's tokens beside Hugging Face `generate`, kernels beside the
 copy bandwidth and the bf16 matrix rate of the device, and the engine beside Hugging Face on LLaMA shapes of one and
-eight billion parameters with random weights, step by step and with captured decode steps.
+eight billion parameters with random weights, step by step and with captured decode steps. fp8 weights and caches: their
+products and logits, and the same shapes in fp8.
 
     python scripts/gpu_check.py --json report.json
 
@@ -19,18 +20,24 @@ from pathlib import Path
 
 import torch
 from gpu_checking.attention import conformance_rows, speed_rows, usual_spec
-from gpu_checking.engines import Mode, Sizes, greedy_rows
+from gpu_checking.engines import Mode, Sizes, greedy_rows, rounded_rows
 from gpu_checking.engines import speed_rows as engine_rows
+from gpu_checking.fp8 import logit_rows, product_rows
+from gpu_checking.kernels import drawn_rows, family_rows, fused_speed_rows, kernel_rows, usual_kernel_spec
 from gpu_checking.models import free_memory, make_model
+from gpu_checking.ranks import rank_rows
 from gpu_checking.roofline import Roofline, measure_roofline, roofline_rows
 from gpu_checking.section import Budget, Row, Section, as_table, run_section
 
 from inference_shardformer.attention.survey import make_survey
+from inference_shardformer.errors import BackendUnavailableError
 
 NO_DEVICE = 3
 SECONDS = 480.0
 USUAL = Sizes()
 EAGER, GRAPHS = Mode("eager", {"graphs": "none"}), Mode("graphs", {"graphs": "auto"})
+FP8 = Mode("fp8", {"graphs": "auto", "weights": {"quantization": "fp8"}})
+FP8_CACHE = Mode("fp8 cache", {"graphs": "auto", "cache": {"dtype": "fp8"}})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,10 +81,22 @@ def check(
     yield run_section("device", roofline, budget)
     survey, spec = make_survey(device), usual_spec(device, dtype)
     yield run_section("greedy tokens", lambda: _greedy(device, modes), budget, needs_s=20)
+    yield run_section("two ranks", lambda: rank_rows(device), budget, needs_s=60)
+    yield run_section("fp8 logits", lambda: logit_rows(device), budget, needs_s=20)
+    yield run_section("kernels", lambda: kernel_rows(usual_kernel_spec(device, dtype)), budget, needs_s=10)
+    yield run_section("greedy tokens of families", lambda: family_rows(device, modes), budget, needs_s=20)
+    yield run_section("drawn tokens", lambda: drawn_rows(device), budget, needs_s=10)
     yield run_section("attention speed", lambda: speed_rows(spec, survey, bounds[0]), budget, needs_s=20)
     for shape in shapes:
         rows = lambda shape=shape: _engine(shape, device, dtype, modes, bounds[0], budget, sizes)  # noqa: E731
         yield run_section(f"LLaMA {shape}", rows, budget, needs_s=60)
+        free_memory(device)
+    fused = usual_kernel_spec(device, dtype)
+    yield run_section("fused kernels", lambda: fused_speed_rows(fused, bounds[0]), budget, needs_s=10)
+    yield run_section("fp8 products", lambda: product_rows(device, bounds[0]), budget, needs_s=10)
+    for shape in shapes:
+        rows = lambda shape=shape: _rounded(shape, device, bounds[0], sizes)  # noqa: E731
+        yield run_section(f"LLaMA {shape} in fp8", rows, budget, needs_s=40)
         free_memory(device)
     yield run_section("attention, right or wrong", lambda: conformance_rows(spec, survey, budget), budget, needs_s=20)
 
@@ -97,6 +116,16 @@ def _engine(
     sizes: Sizes,
 ) -> Iterator[Row]:
     yield from engine_rows(make_model(shape, device, dtype), device, modes, bounds, budget, sizes=sizes)
+
+
+def _rounded(shape: str, device: torch.device, bounds: Roofline, sizes: Sizes) -> Iterator[Row]:
+    """Keys and values in fp8, then weights, over one model in bf16: the second does not give it back."""
+    model = make_model(shape, device, torch.bfloat16)
+    for mode in (FP8_CACHE, FP8):
+        try:
+            yield from rounded_rows(model, mode, device, bounds, sizes=sizes)
+        except BackendUnavailableError as exc:
+            yield Row(mode.name, f"refused: {exc.message}")
 
 
 def _machine(device: torch.device) -> str:

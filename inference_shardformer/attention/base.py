@@ -14,9 +14,11 @@ from pydantic import BaseModel
 from inference_shardformer.attention.capabilities import AttentionCapabilities, Feature, KVLayout
 from inference_shardformer.attention.requirements import UNSOUND, capability_reasons
 from inference_shardformer.attention.sizes import ANY_SIZE, Sizes
+from inference_shardformer.attention.slot_writes import stores_by_slot
 from inference_shardformer.attention.spec import AttentionSpec, Reason
 from inference_shardformer.config.option_steps import OptionChange, OptionsStep, OptionsSteps
 from inference_shardformer.errors import BackendUnavailableError
+from inference_shardformer.kernels.e4m3 import store_rows
 from inference_shardformer.kv_cache.cache import LayerKVCache, PagedKVCache
 from inference_shardformer.probing.requirement import Requirement
 
@@ -34,6 +36,7 @@ __all__ = [
     "Reason",
     "Requirement",
     "Sizes",
+    "stores_by_slot",
 ]
 
 
@@ -120,13 +123,15 @@ class AttentionBackend(ABC):
     def plan(self, batch: RaggedBatch, kv_cache: PagedKVCache) -> AttentionMetadata:
         """Prepare one step; every layer reuses the result."""
 
+    @stores_by_slot
     def write(self, k: torch.Tensor, v: torch.Tensor, cache: LayerKVCache, meta: AttentionMetadata) -> None:
         """Store this step's keys and values, each `[num_tokens, num_kv_heads, head_dim]`, at the batch's slots.
 
-        This is for the layout NHD; a backend that declares another one brings its own.
+        This is for the layout NHD; a backend that declares another one brings its own. One that does no more than
+        this may be marked `stores_by_slot`: a kernel that turns keys and stores them in one go is then used instead.
         """
-        cache.keys.flatten(0, 1).index_copy_(0, meta.batch.slot_mapping, k)
-        cache.values.flatten(0, 1).index_copy_(0, meta.batch.slot_mapping, v)
+        store_rows(cache.keys.flatten(0, 1), meta.batch.slot_mapping, k)
+        store_rows(cache.values.flatten(0, 1), meta.batch.slot_mapping, v)
 
     @abstractmethod
     def attend(self, q: torch.Tensor, cache: LayerKVCache, meta: AttentionMetadata) -> torch.Tensor:

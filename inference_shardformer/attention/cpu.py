@@ -17,6 +17,7 @@ from inference_shardformer.attention.base import (
     KVLayout,
     RaggedBatch,
     Sizes,
+    stores_by_slot,
 )
 from inference_shardformer.attention.requirements import FLOAT_DTYPES
 from inference_shardformer.kernels.cpu.attention import (
@@ -75,6 +76,7 @@ class CpuAttention(AttentionBackend):
         )
         return CpuMetadata(batch=batch, kv_cache=kv_cache, planned=planned)
 
+    @stores_by_slot
     def write(self, k: torch.Tensor, v: torch.Tensor, cache: LayerKVCache, meta: AttentionMetadata) -> None:
         """Store this step's keys and values, each `[num_tokens, num_kv_heads, head_dim]`, at the batch's slots."""
         write_kv(k, v, self._as_nhd(cache.keys), self._as_nhd(cache.values), meta.batch.slot_mapping)

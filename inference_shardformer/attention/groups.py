@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+
+import torch
 
 from inference_shardformer.attention.spec import AttentionSpec
 from inference_shardformer.errors import PolicyError
@@ -28,6 +30,12 @@ class LayerGroups:
         groups = cls(tuple(places), group_of)
         groups._check_cache()
         return groups
+
+    def stored_in(self, kv_dtype: torch.dtype | None) -> LayerGroups:
+        """The same groups with keys and values in another type; `None`: as the policy says."""
+        if kv_dtype is None:
+            return self
+        return replace(self, specs=tuple(replace(spec, kv_dtype=kv_dtype) for spec in self.specs))
 
     @property
     def num_layers(self) -> int:

@@ -24,7 +24,10 @@ class ReferenceAttention(AttentionBackend):
     name: ClassVar[str] = "reference"
     contract_version: ClassVar[int] = 1
     capabilities: ClassVar[AttentionCapabilities] = AttentionCapabilities(
-        devices=("cpu", "cuda"), dtypes=FLOAT_DTYPES, features=frozenset(Feature) - {Feature.GRAPHS}
+        devices=("cpu", "cuda"),
+        dtypes=FLOAT_DTYPES,
+        kv_dtypes=(torch.float8_e4m3fn,),
+        features=frozenset(Feature) - {Feature.GRAPHS},
     )
 
     def plan(self, batch: RaggedBatch, kv_cache: PagedKVCache) -> AttentionMetadata:

@@ -70,7 +70,8 @@ def _dtype_reasons(capabilities: AttentionCapabilities, spec: AttentionSpec) -> 
     if spec.cache_dtype not in (spec.dtype, *capabilities.kv_dtypes):
         names = _names((spec.dtype, *capabilities.kv_dtypes))
         message = f"keys and values in {_short(spec.cache_dtype)} are not among {names}"
-        reasons.append(Reason("kv_dtype", message, f"choose one of {names}"))
+        remedy = f"choose one of {names} (without cache.dtype: that of the queries), or use another backend"
+        reasons.append(Reason("kv_dtype", message, remedy))
     return reasons
 
 

@@ -23,6 +23,7 @@ from inference_shardformer.attention.sdpa_plan import (
     plan_decodes,
     plan_prefills,
 )
+from inference_shardformer.kernels.e4m3 import gather_rows
 from inference_shardformer.kv_cache.cache import LayerKVCache, PagedKVCache
 
 
@@ -43,6 +44,7 @@ class SdpaAttention(AttentionBackend):
     capabilities: ClassVar[AttentionCapabilities] = AttentionCapabilities(
         devices=("cpu", "cuda"),
         dtypes=FLOAT_DTYPES,
+        kv_dtypes=(torch.float8_e4m3fn,),
         features=frozenset({Feature.CHUNKED_PREFILL, Feature.MIXED_BATCH, Feature.SLIDING_WINDOW}),
     )
 
@@ -73,17 +75,17 @@ class SdpaAttention(AttentionBackend):
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: DecodeGroup
     ) -> torch.Tensor:
         """The query heads of a key head stand on the query axis: they see the same keys, so no key is repeated."""
-        shape = (len(q), group.num_keys, *keys.shape[1:])
-        k = keys.index_select(0, group.slots).view(shape).transpose(1, 2)  # [num_seqs, num_kv_heads, num_keys, dim]
-        v = values.index_select(0, group.slots).view(shape).transpose(1, 2)
+        shape = (len(q), group.num_keys, *keys.shape[1:])  # both become [num_seqs, num_kv_heads, num_keys, head_dim]
+        k = gather_rows(keys, group.slots, q.dtype).view(shape).transpose(1, 2)
+        v = gather_rows(values, group.slots, q.dtype).view(shape).transpose(1, 2)
         return scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=self.spec.scale)
 
     def _prefill(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, call: PrefillCall) -> torch.Tensor:
         """One sequence. Key heads stand on the batch axis, so that they are broadcast over the heads, not copied."""
         queries = q.permute(1, 2, 0, 3)  # [num_kv_heads, group, query_len, head_dim]
         shape = (*queries.shape[:2], len(call.slots), q.shape[3])
-        k = keys.index_select(0, call.slots).transpose(0, 1)[:, None].expand(shape)
-        v = values.index_select(0, call.slots).transpose(0, 1)[:, None].expand(shape)
+        k = gather_rows(keys, call.slots, q.dtype).transpose(0, 1)[:, None].expand(shape)
+        v = gather_rows(values, call.slots, q.dtype).transpose(0, 1)[:, None].expand(shape)
         out = scaled_dot_product_attention(
             queries, k, v, attn_mask=call.mask, is_causal=call.mask is None, scale=self.spec.scale
         )

@@ -17,6 +17,7 @@ from inference_shardformer.attention.base import (
     RaggedBatch,
     Requirement,
     Sizes,
+    stores_by_slot,
 )
 from inference_shardformer.attention.captured import captured_batch, refill
 from inference_shardformer.attention.requirements import FLOAT_DTYPES
@@ -74,6 +75,7 @@ class TritonAttention(AttentionBackend):
         workspace = self._attention.workspace(batch.num_decodes, lens) if batch.num_decodes else None
         return TritonMetadata(batch=batch, kv_cache=kv_cache, workspace=workspace)
 
+    @stores_by_slot
     def write(self, k: torch.Tensor, v: torch.Tensor, cache: LayerKVCache, meta: AttentionMetadata) -> None:
         """Store this step's keys and values, each `[num_tokens, num_kv_heads, head_dim]`, at the batch's slots."""
         self._write_kv(k, v, cache.keys, cache.values, meta.batch.slot_mapping)

@@ -12,6 +12,7 @@ from inference_shardformer.cli.terminal import Terminal
 from inference_shardformer.config.origins import Level
 from inference_shardformer.config.sources import ConfigSources
 from inference_shardformer.errors import CheckpointError
+from inference_shardformer.importing import collection_paused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +65,8 @@ def open_session(
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+    with collection_paused():
+        from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder)

@@ -10,10 +10,14 @@ from inference_shardformer.attention.selector import Selection
 from inference_shardformer.compute.activation import ActivationKernel
 from inference_shardformer.compute.base import ComputeKernel, ComputeKind, ComputeSpec
 from inference_shardformer.compute.decoder_layer import DecoderLayerKernel
+from inference_shardformer.compute.experts import ExpertsKernel
 from inference_shardformer.compute.linear import LinearKernel
 from inference_shardformer.compute.norm import NormKernel
 from inference_shardformer.compute.proof import prove
+from inference_shardformer.compute.proof_of_fused import prove_experts, prove_rotary_write, prove_sampling
 from inference_shardformer.compute.registry import KERNELS, KernelRegistries
+from inference_shardformer.compute.rotary_write import RotaryWriteKernel
+from inference_shardformer.compute.sampling import SamplingKernel
 from inference_shardformer.errors import BackendUnavailableError, InferenceShardformerError
 
 KernelSelections = Mapping[ComputeKind, Selection]
@@ -25,8 +29,11 @@ class ComputeKernels:
 
     linear: LinearKernel
     norm: NormKernel
+    rotary_write: RotaryWriteKernel
     activation: ActivationKernel
+    experts: ExpertsKernel
     decoder_layer: DecoderLayerKernel
+    sampling: SamplingKernel
 
 
 def build_kernels(
@@ -40,10 +47,16 @@ def build_kernels(
     kernels = ComputeKernels(
         linear=cast("LinearKernel", built[ComputeKind.LINEAR]),
         norm=cast("NormKernel", built[ComputeKind.NORM]),
+        rotary_write=cast("RotaryWriteKernel", built[ComputeKind.ROTARY_WRITE]),
         activation=cast("ActivationKernel", built[ComputeKind.ACTIVATION]),
+        experts=cast("ExpertsKernel", built[ComputeKind.EXPERTS]),
         decoder_layer=cast("DecoderLayerKernel", built[ComputeKind.DECODER_LAYER]),
+        sampling=cast("SamplingKernel", built[ComputeKind.SAMPLING]),
     )
     prove(kernels.linear, kernels.norm, kernels.activation, spec)
+    prove_rotary_write(kernels.rotary_write, spec)
+    prove_experts(kernels.experts, kernels.linear, spec)
+    prove_sampling(kernels.sampling, spec)
     return kernels
 
 

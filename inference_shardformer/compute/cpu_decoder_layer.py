@@ -64,6 +64,10 @@ class CpuDecoderLayer(DecoderLayerKernel):
                 found.append(Reason("choices", message, f"let {choice} be chosen by auto"))
         return found
 
+    def were_all_run(self, hidden_states: torch.Tensor) -> bool:
+        """Whether one native call ran them."""
+        return self._chain.is_result(hidden_states)
+
     def bind(self, parts: LayerParts) -> LayerFunction | None:
         """The layer as one call; `None` while another attention backend serves it, or sums are not shared memory's.
 
@@ -132,7 +136,7 @@ class _BoundLayer:
         meta, step = attn_metadata.of(self.parts.layer_idx), self.step
         if not step.is_of(meta):
             step.begin(self.arguments, hidden_states.shape[1], position_embeddings, meta)
-        if self._chain.is_done(hidden_states, self.parts.layer_idx):
+        if self.parts.layer_idx > 0 and self._chain.is_result(hidden_states):
             return hidden_states
         run = self._chain.from_here(self) or self._alone
         out = run(hidden_states.contiguous(), step, attn_metadata)
@@ -207,9 +211,9 @@ class _Chain:
         """What a call returned."""
         self._out = ref(out) if run is self._all else _nothing
 
-    def is_done(self, hidden_states: torch.Tensor, layer_idx: int) -> bool:
+    def is_result(self, hidden_states: torch.Tensor) -> bool:
         """Whether this is what all layers have made of the step."""
-        return layer_idx > 0 and self._out() is hidden_states
+        return self._out() is hidden_states
 
 
 def _nothing() -> None:

@@ -62,6 +62,10 @@ class DecoderLayerKernel(ComputeKernel):
     kind: ClassVar[ComputeKind] = ComputeKind.DECODER_LAYER
     runs_whole: ClassVar[bool]
 
+    def were_all_run(self, hidden_states: torch.Tensor) -> bool:
+        """Whether `hidden_states`, which a layer just returned, is what all layers have made of the step."""
+        return False
+
     @abstractmethod
     def bind(self, parts: LayerParts) -> LayerFunction | None:
         """What runs one layer; `None` leaves it to its modules. Called anew when the layer's backend is exchanged."""

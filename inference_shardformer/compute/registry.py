@@ -9,8 +9,11 @@ from types import MappingProxyType
 from inference_shardformer.compute.activation import ActivationKernel
 from inference_shardformer.compute.base import CONTRACT_VERSION, ComputeCapabilities, ComputeKernel, ComputeKind
 from inference_shardformer.compute.decoder_layer import DecoderLayerKernel
+from inference_shardformer.compute.experts import ExpertsKernel
 from inference_shardformer.compute.linear import LinearKernel
 from inference_shardformer.compute.norm import NormKernel
+from inference_shardformer.compute.rotary_write import RotaryWriteKernel
+from inference_shardformer.compute.sampling import SamplingKernel
 from inference_shardformer.plugins import Registry
 
 KernelRegistry = Registry[type[ComputeKernel]]
@@ -20,8 +23,11 @@ _BASES: Mapping[ComputeKind, type[ComputeKernel]] = MappingProxyType(
     {
         ComputeKind.LINEAR: LinearKernel,
         ComputeKind.NORM: NormKernel,
+        ComputeKind.ROTARY_WRITE: RotaryWriteKernel,
         ComputeKind.ACTIVATION: ActivationKernel,
+        ComputeKind.EXPERTS: ExpertsKernel,
         ComputeKind.DECODER_LAYER: DecoderLayerKernel,
+        ComputeKind.SAMPLING: SamplingKernel,
     }
 )
 _TORCH = "inference_shardformer.compute.torch_kernels"
@@ -34,14 +40,26 @@ def make_registries() -> KernelRegistries:
     registries = MappingProxyType({kind: _registry(kind) for kind in ComputeKind})
     registries[ComputeKind.LINEAR].register("cpu", f"{_CPU}_linear:CpuLinear")
     registries[ComputeKind.NORM].register("cpu", f"{_CPU}_norm:CpuNorm")
+    registries[ComputeKind.ROTARY_WRITE].register("cpu", f"{_CPU}_rotary_write:CpuRotaryWrite")
     registries[ComputeKind.DECODER_LAYER].register("cpu", f"{_CPU}_decoder_layer:CpuDecoderLayer")
     registries[ComputeKind.NORM].register("triton", f"{_TRITON}_norm:TritonNorm")
+    registries[ComputeKind.ROTARY_WRITE].register("triton", f"{_TRITON}_rotary_write:TritonRotaryWrite")
     registries[ComputeKind.ACTIVATION].register("triton", f"{_TRITON}_activation:TritonActivation")
+    registries[ComputeKind.EXPERTS].register("triton", f"{_TRITON}_experts:TritonExperts")
+    registries[ComputeKind.SAMPLING].register("triton", f"{_TRITON}_sampling:TritonSampling")
+    registries[ComputeKind.DECODER_LAYER].register(
+        "fused_add", "inference_shardformer.compute.fused_add_layer:FusedAddLayer"
+    )
+    registries[ComputeKind.LINEAR].register("fp8", "inference_shardformer.compute.fp8_linear:Fp8Linear")
     registries[ComputeKind.LINEAR].register("torch", f"{_TORCH}:TorchLinear")
     registries[ComputeKind.NORM].register("torch", f"{_TORCH}:TorchNorm")
+    registries[ComputeKind.ROTARY_WRITE].register("torch", f"{_TORCH}:TorchRotaryWrite")
     registries[ComputeKind.ACTIVATION].register("fused", f"{_TORCH}:FusedActivation")
     registries[ComputeKind.ACTIVATION].register("torch", f"{_TORCH}:TorchActivation")
+    registries[ComputeKind.EXPERTS].register("torch", f"{_TORCH}:TorchExperts")
     registries[ComputeKind.DECODER_LAYER].register("modules", f"{_TORCH}:ModularLayer")
+    registries[ComputeKind.SAMPLING].register("cpu", f"{_CPU}_sampling:CpuSampling")
+    registries[ComputeKind.SAMPLING].register("torch", f"{_TORCH}:TorchSampling")
     return registries
 
 

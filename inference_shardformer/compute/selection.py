@@ -26,11 +26,22 @@ _PREFERRED: Mapping[str, Mapping[ComputeKind, tuple[str, ...]]] = MappingProxyTy
             {
                 ComputeKind.LINEAR: ("cpu",),
                 ComputeKind.NORM: ("cpu",),
+                ComputeKind.ROTARY_WRITE: ("cpu",),
                 ComputeKind.ACTIVATION: ("fused",),
                 ComputeKind.DECODER_LAYER: ("cpu",),
+                ComputeKind.SAMPLING: ("cpu",),
             }
         ),
-        "cuda": MappingProxyType({ComputeKind.NORM: ("triton",), ComputeKind.ACTIVATION: ("fused", "triton")}),
+        "cuda": MappingProxyType(
+            {
+                ComputeKind.NORM: ("triton",),
+                ComputeKind.ROTARY_WRITE: ("triton",),
+                ComputeKind.ACTIVATION: ("fused", "triton"),
+                ComputeKind.EXPERTS: ("triton",),
+                ComputeKind.DECODER_LAYER: ("fused_add",),
+                ComputeKind.SAMPLING: ("triton",),
+            }
+        ),
     }
 )
 _LAST = ("torch", "modules")
@@ -124,10 +135,14 @@ def _reasons(candidate: KernelCandidate, spec: ComputeSpec, survey: KernelSurvey
         reasons.append(survey.native)
     if any(reason.code == "device" for reason in reasons):  # then its libraries do not matter
         return reasons
-    for each in candidate.kernel.requires:
+    facts = None if survey.host is None else survey.host.device(spec.device.type, spec.device.index)
+    problem = None if facts is None else candidate.kernel.hardware_problem(facts)
+    if problem:
+        reasons.append(Reason("wrong_device", problem, candidate.kernel.hardware_remedy))
+    for each in candidate.kernel.required_on(spec.device):
         problem = _hardware(each, spec.device, survey.host)
         if problem:
-            reasons.append(Reason("wrong_device", problem, "run it on such a device, or choose another kernel"))
+            reasons.append(Reason("wrong_device", problem, candidate.kernel.hardware_remedy))
         elif survey.probes[each].status != "ok":
             found = survey.probes[each]
             reasons.append(Reason(found.status, found.detail, found.remedy))

@@ -7,12 +7,16 @@ from typing import ClassVar
 import torch
 from torch.nn import functional
 
+from inference_shardformer.attention.base import AttentionBackend
 from inference_shardformer.attention.spec import Reason
 from inference_shardformer.compute.activation import ActivationFunction, ActivationKernel
 from inference_shardformer.compute.base import ComputeCapabilities, ComputeSpec
 from inference_shardformer.compute.decoder_layer import DecoderLayerKernel, LayerParts
+from inference_shardformer.compute.experts import ExpertParts, ExpertsKernel
 from inference_shardformer.compute.linear import LinearKernel, LinearShape, LinearWeight
 from inference_shardformer.compute.norm import NormKernel
+from inference_shardformer.compute.rotary_write import RotaryWriteKernel
+from inference_shardformer.compute.sampling import SamplingKernel
 
 _EVERYWHERE = ComputeCapabilities(devices=("cpu", "cuda"))
 
@@ -93,6 +97,42 @@ class TorchNorm(NormKernel):
         if is_offset:
             return (normed * (1.0 + weight.float())).to(x.dtype)
         return weight * normed.to(x.dtype)
+
+
+class TorchRotaryWrite(RotaryWriteKernel):
+    """Queries and keys turned in a handful of torch operations, then the attention backend's own write."""
+
+    name: ClassVar[str] = "torch"
+    contract_version: ClassVar[int] = 1
+    capabilities: ClassVar[ComputeCapabilities] = _EVERYWHERE
+
+    def bind(self, backend: AttentionBackend) -> None:
+        """The modules do it themselves."""
+        return
+
+
+class TorchSampling(SamplingKernel):
+    """The engine's own sampler: torch operations over whole rows, which sort them for top-p."""
+
+    name: ClassVar[str] = "torch"
+    contract_version: ClassVar[int] = 1
+    capabilities: ClassVar[ComputeCapabilities] = _EVERYWHERE
+
+    def bind(self) -> None:
+        """The engine draws."""
+        return
+
+
+class TorchExperts(ExpertsKernel):
+    """One expert after the other, those that a step meets: the host asks the device which."""
+
+    name: ClassVar[str] = "torch"
+    contract_version: ClassVar[int] = 1
+    capabilities: ClassVar[ComputeCapabilities] = _EVERYWHERE
+
+    def bind(self, parts: ExpertParts) -> None:
+        """The modules of the experts run."""
+        return
 
 
 class ModularLayer(DecoderLayerKernel):

@@ -13,8 +13,9 @@ from inference_shardformer.compute.linear import LinearWeight
 from inference_shardformer.kernels.triton.requirement import TRITON
 from inference_shardformer.probing.requirement import Requirement
 
-_SILU = ("silu", "swish")
-_GELU = ("gelu_pytorch_tanh", "gelu_new")
+# Hugging Face's names of what there are kernels for.
+SILU = ("silu", "swish")
+GELU = ("gelu_pytorch_tanh", "gelu_new")
 
 
 class TritonActivation(ActivationKernel):
@@ -29,12 +30,12 @@ class TritonActivation(ActivationKernel):
         from inference_shardformer.kernels.triton.activation import gelu_and_mul, silu_and_mul  # they import Triton
 
         super().__init__(spec)
-        self._gated = silu_and_mul if spec.activation in _SILU else gelu_and_mul
+        self._gated = silu_and_mul if spec.activation in SILU else gelu_and_mul
 
     @classmethod
     def extra_reasons(cls, spec: ComputeSpec) -> list[Reason]:
         """An activation that there is no kernel for."""
-        known = (*_SILU, *_GELU)
+        known = (*SILU, *GELU)
         if spec.activation in known:
             return []
         message = f"the activation {spec.activation or '(none)'} is not among {', '.join(known)}"

@@ -18,16 +18,17 @@ _WIDEST = 32768  # columns of a row that one program holds in registers
 class TritonNorm(NormKernel):
     """Root-mean-square normalisation in one launch, a row from memory to registers and back."""
 
+    fuses_add: ClassVar[bool] = True
     name: ClassVar[str] = "triton"
     contract_version: ClassVar[int] = 1
     capabilities: ClassVar[ComputeCapabilities] = ComputeCapabilities(devices=("cuda",))
     requires: ClassVar[tuple[Requirement, ...]] = (Requirement(**TRITON),)
 
     def __init__(self, spec: ComputeSpec) -> None:
-        from inference_shardformer.kernels.triton.norm import rms_norm  # imports Triton
+        from inference_shardformer.kernels.triton.norm import add_rms_norm, rms_norm  # they import Triton
 
         super().__init__(spec)
-        self._rms_norm = rms_norm
+        self._rms_norm, self._add_rms_norm = rms_norm, add_rms_norm
 
     @classmethod
     def extra_reasons(cls, spec: ComputeSpec) -> list[Reason]:
@@ -41,3 +42,10 @@ class TritonNorm(NormKernel):
         """As LLaMA or Gemma rounds it."""
         offset = 1.0 if is_offset else 0.0
         return self._rms_norm(x, weight, eps, weight_offset=offset, rounds_before_weight=not is_offset)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, is_offset: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both in one launch."""
+        offset = 1.0 if is_offset else 0.0
+        return self._add_rms_norm(x, residual, weight, eps, weight_offset=offset, rounds_before_weight=not is_offset)

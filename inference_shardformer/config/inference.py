@@ -56,16 +56,35 @@ class KernelsConfig(BaseModel):
         description="Kernel of the root-mean-square norms; auto: the first without a reason against it.",
         json_schema_extra=about(),
     )
+    rotary_write: str = Field(
+        default="auto",
+        min_length=1,
+        description="What gives queries and keys their positions and stores keys and values; auto: one fused kernel "
+        "where it can, else torch and the attention backend's own write.",
+        json_schema_extra=about(),
+    )
     activation: str = Field(
         default="auto",
         min_length=1,
         description="What applies a gated MLP's activation; auto: fused into the linear kernel where that can.",
         json_schema_extra=about(),
     )
+    experts: str = Field(
+        default="auto",
+        min_length=1,
+        description="What runs a mixture of experts; auto: one kernel for all of them where it can, else one by one.",
+        json_schema_extra=about(),
+    )
     decoder_layer: str = Field(
         default="auto",
         min_length=1,
         description="What runs a decoder layer; auto: one fused kernel where it can, else its modules one by one.",
+        json_schema_extra=about(),
+    )
+    sampling: str = Field(
+        default="auto",
+        min_length=1,
+        description="What finds the likeliest tokens and draws others; auto: the first without a reason against it.",
         json_schema_extra=about(),
     )
 
@@ -75,6 +94,12 @@ class CacheConfig(BaseModel):
 
     model_config = _FROZEN
 
+    dtype: Literal["fp8"] | None = Field(
+        default=None,
+        description="fp8: keys and values are kept in e4m3 as they are, without scales, by an attention backend that "
+        "takes them so. Nothing: in the compute type.",
+        json_schema_extra=about(),
+    )
     block_size: BlockLength | Auto = Field(
         default="auto",
         description="Tokens per block; auto: 16, or the least that the first attention backend that can serve takes.",
@@ -111,6 +136,12 @@ class SchedulerConfig(BaseModel):
         ge=1,
         description="Tokens in one step; longer prompts are cut into chunks.",
         json_schema_extra=about(mutability="live", unit="tokens"),
+    )
+    overlap: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Prepare the next step, and make the text of the last one, while the device computes; chunks of a "
+        "stream then come a step later, tokens are the same. auto: on where the device is not the CPU.",
+        json_schema_extra=about(),
     )
 
 
@@ -202,10 +233,11 @@ class WeightsConfig(BaseModel):
         description="Permit weights in pickled files (pytorch_model*.bin) where there are no safetensors ones.",
         json_schema_extra=about(),
     )
-    quantization: Literal["int8"] | None = Field(
+    quantization: Literal["int8", "fp8"] | None = Field(
         default=None,
-        description="int8: projections and output head are kept in 8 bits, rounded while they are read; embeddings "
-        "and norms stay as they are. Nothing: weights as they are.",
+        description="int8 (native CPU kernels) or fp8 (CUDA from compute capability 8.9): projections and output head "
+        "are kept in 8 bits, rounded while they are read; embeddings and norms stay as they are. Nothing: weights as "
+        "they are.",
         json_schema_extra=about(flag="--quantization"),
     )
 

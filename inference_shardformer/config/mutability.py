@@ -69,6 +69,7 @@ _WHY = {
     "inference.weights": "the weights are already read",
     "inference.dtype": "the weights and the cache already have this type",
     "inference.graphs": "decode steps are captured, or not, from the first one on",
+    "inference.scheduler.overlap": "steps are prepared ahead, or not, from the first one on",
     "inference.max_model_len": "the cache and the rotary tables are already sized for it",
     "inference.strict": "what it refuses or records was met while the engine was built",
     "inference.prompt": "prompts that are queued already have its text around them",

@@ -56,6 +56,7 @@ class ResolvedConfig:
     all_reduce: str = "none"
     block_size: int | None = None  # tokens; None where nothing decided it, then it was asked for
     graphs: int | Literal["none"] = "none"  # sequences in the largest decode step that is captured
+    overlap: Literal["on", "off"] = "off"  # whether host work of a step is done while the device is at another one
     kernels: tuple[tuple[str, str], ...] = ()  # the kernel of each kind, by the name of its setting
 
     @property
@@ -81,6 +82,8 @@ def with_decision(config: ResolvedConfig, path: str, value: object, reason: str)
     return replace(config, decisions=decisions, **changes)  # type: ignore[arg-type]  # typed by whoever decides
 
 
+CACHE_DTYPES: dict[str | None, torch.dtype | None] = {None: None, "fp8": torch.float8_e4m3fn}
+"""The type that `inference.cache.dtype` asks for; `None`: the compute type."""
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DECIDED = {
     "shard.tp_size": "tp_size",
@@ -93,5 +96,6 @@ DECIDED = {
     "inference.cache.num_blocks": "num_blocks",
     "inference.cache.block_size": "block_size",
     "inference.graphs": "graphs",
+    "inference.scheduler.overlap": "overlap",
 }
 """The attribute of `ResolvedConfig` that holds the decided value of a field."""

@@ -51,10 +51,12 @@ class ShardConfig(BaseModel):
         description="How long a rank may stay silent in one step before all ranks fail, by name.",
         json_schema_extra=about(unit="seconds"),
     )
-    all_reduce: Literal["auto", "none", "shm", "gloo", "nccl", "simulated"] = Field(
+    all_reduce: Literal["auto", "none", "shm", "symm_mem", "gloo", "nccl", "simulated"] = Field(
         default="auto",
-        description="How partial sums are added over ranks; auto: through shared memory (shm) where all ranks are on "
-        "one host and can, else by the process group (gloo, nccl); none: the only rank; simulated: simulated ranks.",
+        description="How partial sums are added over ranks; auto: through shared memory (shm), or small ones through "
+        "symmetric memory of CUDA devices (symm_mem), where all ranks are on one host and can, else by the process "
+        "group (gloo, nccl). gloo on CUDA devices lets ranks share a device, and is slow. none: the only rank; "
+        "simulated: simulated ranks.",
         json_schema_extra=about(),
     )
     policy: PolicyConfig = PolicyConfig()

@@ -132,6 +132,7 @@ def _final_inference(config: ResolvedConfig) -> InferenceConfig:
             "max_model_len": config.max_model_len,
             "graphs": config.graphs,
             "cache": cache,
+            "scheduler": {**asked.scheduler.__dict__, "overlap": config.overlap},
             "attention": {**asked.attention.__dict__, "backend": config.attention_backend},
             "kernels": {**asked.kernels.__dict__, **dict(config.kernels)},
         }

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
-AllReduceRequest = Literal["auto", "none", "shm", "gloo", "nccl", "simulated"]
+AllReduceRequest = Literal["auto", "none", "shm", "symm_mem", "gloo", "nccl", "simulated"]
 
 
 class Refusal(NamedTuple):
@@ -24,6 +24,7 @@ class AllReduce(ABC):
     """Sums tensors over the ranks. All ranks call it in the same order with tensors of one shape and type."""
 
     name: str
+    scope: str = ""  # what it adds up itself, where that is not everything
 
     @abstractmethod
     def __call__(self, t: torch.Tensor) -> None:
@@ -54,6 +55,7 @@ class AllReduceChoice:
     name: str
     requested: AllReduceRequest = "auto"
     refused: tuple[tuple[str, tuple[Refusal, ...]], ...] = ()  # by name, those that were preferred and cannot serve
+    scope: str = ""  # what it adds up, and what does the rest
 
     @property
     def reason(self) -> str:
@@ -61,4 +63,4 @@ class AllReduceChoice:
         if self.name == "none":
             return "one rank has nothing to add up"
         refused = "; ".join(f"{name} cannot: {reasons[0].message}" for name, reasons in self.refused)
-        return refused or "the first that all ranks can use"
+        return refused or self.scope or "the first that all ranks can use"

@@ -44,14 +44,14 @@ class RankEnvironment:
         return cls(rank, world_size, local_rank, _number(environ, "LOCAL_WORLD_SIZE", world_size), is_torchrun=True)
 
 
-def ensure_process_group(device: torch.device, timeout_s: float) -> bool:
-    """Make the default process group from the launcher's variables when there is none.
+def ensure_process_group(device: torch.device, timeout_s: float, *, with_nccl: bool = True) -> bool:
+    """Make the default process group from the launcher's variables when there is none; gloo alone on the CPU.
 
     Returns whether it was made here, so that whoever made it ends it. Without a launcher nothing is made.
     """
     if dist.is_initialized() or not RankEnvironment.detect().is_torchrun:
         return False
-    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and with_nccl else "gloo"
     timeout = timedelta(seconds=timeout_s)
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     # the launcher's store outlives the group, and a later group must not read what an earlier one left in it

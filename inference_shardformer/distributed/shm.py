@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from inference_shardformer.distributed.all_reduce import AllReduce, Refusal
+from inference_shardformer.distributed.devices import boot_id
 from inference_shardformer.distributed.exchange import Exchange
 from inference_shardformer.distributed.segment import Segment
 from inference_shardformer.errors import StateError
@@ -26,7 +27,6 @@ BUFFER_BYTES = 512 * 1024
 MAX_RANKS = 64
 _LINE_BYTES = 128
 _FIRST_SPIN_NS = 100_000
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PID_NAMESPACE = Path("/proc/self/ns/pid")
 _USE_GLOO = "nothing is wrong: gloo serves"
 
@@ -73,8 +73,7 @@ class Place(NamedTuple):
     @classmethod
     def here(cls) -> Place:
         """This process's place."""
-        boot = _BOOT_ID.read_text(encoding="ascii").strip() if _BOOT_ID.exists() else ""
-        return cls(boot, os.readlink(_PID_NAMESPACE) if _PID_NAMESPACE.is_symlink() else "", os.getuid())
+        return cls(boot_id(), os.readlink(_PID_NAMESPACE) if _PID_NAMESPACE.is_symlink() else "", os.getuid())
 
 
 class ShmAllReduce(AllReduce, Exchange):

@@ -18,8 +18,10 @@ from inference_shardformer.distributed.all_reduce import (
     AllReduceRequest,
     ProcessGroupAllReduce,
 )
-from inference_shardformer.distributed.choosing import choose_all_reduce
+from inference_shardformer.distributed.choosing import Meeting, choose_all_reduce
+from inference_shardformer.distributed.devices import refuse_shared_devices
 from inference_shardformer.distributed.exchange import Exchange, ProcessGroupExchange
+from inference_shardformer.distributed.over_host import OverHost
 from inference_shardformer.distributed.shm import ShmAllReduce
 from inference_shardformer.errors import EnvironmentMismatchError, InferenceShardformerError, StateError
 
@@ -54,7 +56,9 @@ class TensorParallelGroup:
         self._control_exchange: Exchange | None = None
         if data is not None and control is not None:
             self._data_exchange, self._control_exchange = ProcessGroupExchange(data), ProcessGroupExchange(control)
-            self._all_reduce = ProcessGroupAllReduce(data, name="gloo" if device.type == "cpu" else "nccl")
+            self._all_reduce = ProcessGroupAllReduce(data, name="gloo" if data is control else "nccl")
+            if data is control and device.type != "cpu":
+                self._all_reduce = self._data_exchange = OverHost(control)
         self.all_reduce_choice = AllReduceChoice(self._all_reduce.name if self._all_reduce else "none")
 
     @classmethod
@@ -73,9 +77,11 @@ class TensorParallelGroup:
     ) -> TensorParallelGroup:
         """A group over the ranks of `process_group`; all of them must call this. `timeout_s` bounds one collective.
 
-        `all_reduce` names how tensors are summed: through shared memory ("shm"), by the process group, or the first of
-        these that all ranks can use. Shared memory also carries what is gathered and broadcast. Raises
-        `EnvironmentMismatchError` where the named one cannot be used.
+        `all_reduce` names how tensors are summed: through shared memory ("shm"), through symmetric memory of CUDA
+        devices ("symm_mem"), by the process group, or the first of these that all ranks can use. Shared memory also
+        carries what is gathered and broadcast. On CUDA devices the process group is one of NCCL, or with "gloo" one
+        that lets ranks share a device. Raises `EnvironmentMismatchError` where the named one cannot be used, or where
+        NCCL would find two ranks on one device.
         """
         if process_group.size() == 1:
             return cls.single(device)
@@ -85,13 +91,15 @@ class TensorParallelGroup:
             store = dist.PrefixStore(name, _get_default_store())
             gloo = dist.ProcessGroupGloo(dist.PrefixStore("control", store), rank, size, timeout)
             control = data = cast(dist.ProcessGroup, gloo)
-            if device.type != "cpu":
+            if device.type != "cpu" and all_reduce != "gloo":
+                refuse_shared_devices(device, cls(control, control, device=device).all_gather_bytes)
                 options = dist.ProcessGroupNCCL.Options()
                 options._timeout = timeout
                 nccl = dist.ProcessGroupNCCL(dist.PrefixStore("data", store), rank, size, options)
                 data = cast(dist.ProcessGroup, nccl)
             group = cls(data, control, device=device)
-            group._choose(all_reduce, name=name, timeout_s=timeout_s)
+            meeting = Meeting(rank, device, timeout_s, group.all_gather_bytes, name, process_group.group_name)
+            group._choose(all_reduce, meeting)
         return group
 
     def all_reduce(self, t: torch.Tensor) -> torch.Tensor:
@@ -100,6 +108,11 @@ class TensorParallelGroup:
             return t
         self._run(self._all_reduce or _closed(), t)
         return t
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed, or given up since it failed. What a device was given before may never end."""
+        return self.size > 1 and self._data is None
 
     @property
     def shared_sums(self) -> ShmAllReduce | None:
@@ -165,9 +178,9 @@ class TensorParallelGroup:
         Peers that wait for this rank get an error at once. A collective in which this rank itself is blocked ends when
         a peer gives up too, or after the group's timeout; a device's collectives are cancelled.
         """
-        data = self._data
+        data, control = self._data, self._control
         self.close()
-        if self.device.type != "cpu" and data is not None:
+        if data is not None and data is not control:
             data.abort()
 
     def close(self) -> None:
@@ -177,16 +190,9 @@ class TensorParallelGroup:
         if all_reduce is not None:
             all_reduce.close()
 
-    def _choose(self, requested: AllReduceRequest, *, name: str, timeout_s: float) -> None:
-        self._all_reduce, self.all_reduce_choice = choose_all_reduce(
-            self._all_reduce or _closed(),
-            self.all_gather_bytes,
-            rank=self.rank,
-            device=self.device,
-            timeout_s=timeout_s,
-            requested=requested,
-            name=name,
-        )
+    def _choose(self, requested: AllReduceRequest, meeting: Meeting) -> None:
+        chosen = choose_all_reduce(self._all_reduce or _closed(), meeting, requested)
+        self._all_reduce, self.all_reduce_choice = chosen
         if isinstance(self._all_reduce, ShmAllReduce):
             self._data_exchange = self._control_exchange = self._all_reduce
 

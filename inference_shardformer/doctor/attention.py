@@ -16,7 +16,7 @@ from inference_shardformer.attention.groups import LayerGroups
 from inference_shardformer.attention.selector import Selection, Verdict, build, judge
 from inference_shardformer.attention.survey import BACKENDS, BackendRegistry, Survey, make_survey
 from inference_shardformer.config.loader import MergedConfig, merge_layers
-from inference_shardformer.config.resolved import TORCH_DTYPES
+from inference_shardformer.config.resolved import CACHE_DTYPES, TORCH_DTYPES
 from inference_shardformer.config.sources import Layers
 from inference_shardformer.doctor.report import AttentionReport, BackendReport, ProofReport, ReasonReport
 from inference_shardformer.errors import InferenceShardformerError
@@ -65,6 +65,7 @@ def wanted_usually(layers: Layers, layout: RankLayout, device: torch.device) -> 
         dtype=TORCH_DTYPES[name],
         device=device,
         block_size=USUAL_BLOCK_SIZE,
+        kv_dtype=CACHE_DTYPES[merged.inference.cache.dtype],
     )
 
     def groups_of(block_size: int) -> LayerGroups:

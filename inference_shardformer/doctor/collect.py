@@ -12,6 +12,7 @@ from inference_shardformer.attention.survey import BACKENDS, BackendRegistry
 from inference_shardformer.bridges.colossalai.status import bridge_status
 from inference_shardformer.config.loader import merge_layers
 from inference_shardformer.config.sources import Layers
+from inference_shardformer.distributed.devices import device_of_rank
 from inference_shardformer.distributed.environment import RankEnvironment
 from inference_shardformer.doctor import machine
 from inference_shardformer.doctor.attention import examine_attention, wanted_by_model, wanted_usually
@@ -80,7 +81,11 @@ def _place(layers: Layers) -> _Place:
     except EnvironmentMismatchError as exc:
         problems.append(f"{exc.message}; {exc.remedy}")
         device_type, reason = shard.device, "as asked"
-    device = torch.device("cpu") if device_type == "cpu" else torch.device(device_type, env.local_rank)
+    try:
+        device = device_of_rank(device_type, env, all_reduce=shard.all_reduce)
+    except EnvironmentMismatchError as exc:
+        problems.append(f"{exc.message}; {exc.remedy}")
+        device = torch.device(device_type, env.local_rank)
     return _Place(env, device, reason, tuple(problems))
 
 

@@ -9,6 +9,8 @@ from inference_shardformer.config.model import ModelFacts
 from inference_shardformer.config.resolved import ResolvedConfig
 from inference_shardformer.config.store import ConfigStore
 from inference_shardformer.engine.backend_switch import BackendSwitches
+from inference_shardformer.engine.batch import BatchBuilder
+from inference_shardformer.engine.calls import Outbox
 from inference_shardformer.engine.core import EngineCore, StepGuard
 from inference_shardformer.engine.desk import RequestDesk
 from inference_shardformer.engine.detokenizer import Tokenizer
@@ -16,8 +18,9 @@ from inference_shardformer.engine.events import EventExchange
 from inference_shardformer.engine.intake import Intake
 from inference_shardformer.engine.live_updates import LiveUpdates
 from inference_shardformer.engine.model_runner import ModelRunner
-from inference_shardformer.engine.sampler import Sampler, TensorGroup
+from inference_shardformer.engine.sampler import Draw, Greatest, Sampler, TensorGroup
 from inference_shardformer.engine.scheduler import Scheduler
+from inference_shardformer.engine.step_runner import StepRunner
 from inference_shardformer.engine.weight_stream import WeightGroup, WeightWriter
 from inference_shardformer.engine.weight_updates import WeightUpdates
 from inference_shardformer.kv_cache.block_allocator import BlockAllocator
@@ -25,6 +28,10 @@ from inference_shardformer.kv_cache.block_allocator import BlockAllocator
 
 class EngineGroup(WeightGroup, TensorGroup, Protocol):
     """The collectives the engine uses."""
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the ranks have given up."""
 
 
 class EngineParts(NamedTuple):
@@ -47,6 +54,8 @@ def assemble(
     tokenizer: Tokenizer | None,
     switch: BackendSwitch | None,
     weights: WeightWriter | None,
+    draw: Draw | None = None,
+    greatest: Greatest | None = None,
 ) -> EngineParts:
     """The parts, bound to each other. Raises `EnvironmentMismatchError` where ranks have other limits."""
     num_blocks, block_size = runner.kv_cache.num_blocks, runner.kv_cache.spec.block_size
@@ -65,9 +74,10 @@ def assemble(
         exchange=exchange,
         blocks_in_use=lambda: scheduler.blocks_in_use,
     )
+    outbox = Outbox(defers=config.overlap == "on")
+    sampler = Sampler(group, vocab_range, draw=draw, greatest=greatest)
     core = EngineCore(
-        runner=runner,
-        sampler=Sampler(group, vocab_range),
+        steps=_step_runner(runner, scheduler, sampler, facts=facts, config=config, group=group),
         scheduler=scheduler,
         exchange=exchange,
         intake=intake,
@@ -76,10 +86,35 @@ def assemble(
         switches=switches,
         weights=WeightUpdates(weights, group=group, exchange=exchange),
         guard=guard,
-        device=group.device,
         eos_token_ids=facts.eos_token_ids,
         tokenizer=tokenizer,
-        with_rope_lengths=facts.length_dependent_rope,
         rope_switch_length=facts.rope_switch_length,
+        meanwhile=outbox.catch_up,
     )
-    return EngineParts(store, updates, core, RequestDesk(core, intake, is_alone=group.size == 1))
+    return EngineParts(store, updates, core, RequestDesk(core, intake, outbox, is_alone=group.size == 1))
+
+
+def _step_runner(
+    runner: ModelRunner,
+    scheduler: Scheduler,
+    sampler: Sampler,
+    *,
+    facts: ModelFacts,
+    config: ResolvedConfig,
+    group: EngineGroup,
+) -> StepRunner:
+    build = BatchBuilder(
+        block_size=scheduler.block_size,
+        device=group.device,
+        with_rope_lengths=facts.length_dependent_rope,
+        padding=runner.num_padding,
+    )
+    return StepRunner(
+        runner=runner,
+        sampler=sampler,
+        scheduler=scheduler,
+        build=build,
+        device=group.device,
+        overlap=config.overlap == "on",
+        is_given_up=lambda: group.is_closed,
+    )

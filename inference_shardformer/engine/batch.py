@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +26,41 @@ class ForwardBatch:
     requests_to_sample: list[Request]
 
 
+class BatchBuilder:
+    """Packs the scheduled steps of one engine."""
+
+    def __init__(
+        self, *, block_size: int, device: torch.device, with_rope_lengths: bool, padding: Callable[[int, int], int]
+    ) -> None:
+        """`padding` says how many copies of its last sequence a step of so many decodes and sequences gets."""
+        self._block_size = block_size
+        self._device = device
+        self._with_rope_lengths = with_rope_lengths
+        self._padding = padding
+
+    def __call__(self, output: SchedulerOutput, sampled: SampledTokens | None = None) -> ForwardBatch:
+        """The tensors of a step; with `sampled` the device takes the token ids from there."""
+        return build_batch(
+            output,
+            block_size=self._block_size,
+            device=self._device,
+            with_rope_lengths=self._with_rope_lengths,
+            num_padding=self.num_padding(output),
+            sampled=sampled,
+        )
+
+    def num_padding(self, output: SchedulerOutput) -> int:
+        """How many copies of its last sequence a step gets at present."""
+        return self._padding(output.num_decodes, len(output.scheduled))
+
+
+class SampledTokens(NamedTuple):
+    """Tokens that the device has sampled, or will have, and the host has not read: `rows[request]` is its own."""
+
+    token_ids: torch.Tensor  # int64 [num_rows]
+    rows: Mapping[Request, int]
+
+
 def build_batch(
     output: SchedulerOutput,
     *,
@@ -31,16 +68,18 @@ def build_batch(
     device: torch.device,
     with_rope_lengths: bool = False,
     num_padding: int = 0,
+    sampled: SampledTokens | None = None,
 ) -> ForwardBatch:
     """Pack a scheduled step: one host buffer for each integer width, and one copy of it to a device.
 
-    `num_padding` copies of its last sequence follow the others. They have logits, and no request to sample.
+    `num_padding` copies of its last sequence follow the others. They have logits, and no request to sample. With
+    `sampled`, every request runs the one token that it does not know yet, which the device takes from there.
     """
     num_requests = len(output.scheduled)
     if num_padding:
         scheduled = output.scheduled + output.scheduled[-1:] * num_padding
         output = replace(output, scheduled=scheduled, num_decodes=output.num_decodes + num_padding)
-    tokens = _pack_tokens(output, block_size, with_rope_lengths)
+    tokens = _pack_tokens(output, block_size, with_rope_lengths, sampled)
     query_lens = [num_new_tokens for _, num_new_tokens in output.scheduled]
     seq_lens = [request.num_computed_tokens + num_new_tokens for request, num_new_tokens in output.scheduled]
     cu_seqlens_q, seq_lens_tensor, block_tables = _pack_sequences(output, query_lens, seq_lens, block_size, device)
@@ -48,8 +87,9 @@ def build_batch(
     num_rows = 2 if with_rope_lengths else 1
     wide = _to_device(np.array(tokens.packed(), dtype=np.int64), device)
     end_of_positions = num_tokens * (1 + num_rows)
+    input_ids = wide[:num_tokens] if sampled is None else sampled.token_ids.index_select(0, wide[:num_tokens])
     return ForwardBatch(
-        input_ids=wide[:num_tokens].view(1, num_tokens),
+        input_ids=input_ids.view(1, num_tokens),
         position_ids=wide[num_tokens:end_of_positions].view(num_rows, num_tokens),
         ragged=RaggedBatch(
             cu_seqlens_q=cu_seqlens_q,
@@ -67,7 +107,7 @@ def build_batch(
 
 @dataclass
 class _PackedTokens:
-    token_ids: list[int]
+    token_ids: list[int]  # or, of tokens that only the device knows, where it finds them
     positions: list[int]
     rope_lengths: list[int]
     slots: list[int]
@@ -78,12 +118,14 @@ class _PackedTokens:
         return self.token_ids + self.positions + self.rope_lengths + self.slots + self.logits_indices
 
 
-def _pack_tokens(output: SchedulerOutput, block_size: int, with_rope_lengths: bool) -> _PackedTokens:
+def _pack_tokens(
+    output: SchedulerOutput, block_size: int, with_rope_lengths: bool, sampled: SampledTokens | None
+) -> _PackedTokens:
     tokens = _PackedTokens([], [], [], [], [], [])
     for request, num_new_tokens in output.scheduled:
         start = request.num_computed_tokens
         end = start + num_new_tokens
-        tokens.token_ids += request.token_ids[start:end]
+        tokens.token_ids += request.token_ids[start:end] if sampled is None else [sampled.rows[request]]
         tokens.positions += range(start, end)
         if with_rope_lengths:
             tokens.rope_lengths += request.rope_lengths(start, end)
@@ -91,7 +133,7 @@ def _pack_tokens(output: SchedulerOutput, block_size: int, with_rope_lengths: bo
             first_position = block_idx * block_size
             shift = request.block_table[block_idx] * block_size - first_position
             tokens.slots += range(max(start, first_position) + shift, min(end, first_position + block_size) + shift)
-        if end == request.num_tokens:
+        if end >= request.num_tokens:
             tokens.logits_indices.append(len(tokens.token_ids) - 1)
             tokens.requests_to_sample.append(request)
     return tokens

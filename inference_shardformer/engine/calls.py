@@ -44,11 +44,17 @@ class Call:
 
 
 class Outbox:
-    """Hands tokens and outputs to the call that asked for them, and keeps the others for `step()`."""
+    """Hands tokens and outputs to the call that asked for them, and keeps the others for `step()`.
 
-    def __init__(self) -> None:
+    One that `defers` makes the chunks of a step when `catch_up` is called, which is while the next step runs: text
+    takes time. The last chunk of a request comes at once.
+    """
+
+    def __init__(self, *, defers: bool = False) -> None:
         self._calls: dict[str, Call] = {}
         self._outputs: list[RequestOutput] = []
+        self._defers = defers
+        self._deferred: list[tuple[LiveRequest, int]] = []
 
     @property
     def has_outputs(self) -> bool:
@@ -61,11 +67,18 @@ class Outbox:
         self._calls[request_id] = call
 
     def note(self, advanced: Sequence[tuple[LiveRequest, int]]) -> None:
-        """Hand on the tokens of a step."""
+        """Hand on the tokens of a step, before those of the next one are known."""
         for live, token_id in advanced:
-            call = self._calls.get(live.request.request_id)
-            if call is not None:
-                call.note(live, (token_id,))
+            if self._defers and not live.request.is_finished:
+                self._deferred.append((live, token_id))
+            else:
+                self._hand_on(live, token_id)
+
+    def catch_up(self) -> None:
+        """Hand on what was deferred. Idempotent."""
+        deferred, self._deferred = self._deferred, []
+        for live, token_id in deferred:
+            self._hand_on(live, token_id)
 
     def deliver(self, finished: Sequence[LiveRequest]) -> None:
         """Hand on the outputs of finished requests."""
@@ -88,6 +101,11 @@ class Outbox:
         """Stop waiting for these requests."""
         for request_id in request_ids:
             self._calls.pop(request_id, None)
+
+    def _hand_on(self, live: LiveRequest, token_id: int) -> None:
+        call = self._calls.get(live.request.request_id)
+        if call is not None:
+            call.note(live, (token_id,))
 
 
 def output_of(live: LiveRequest) -> RequestOutput:

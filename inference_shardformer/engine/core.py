@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from time import perf_counter
 from typing import NamedTuple, Protocol
 
-import torch
-
+from inference_shardformer.config.inference import SchedulerConfig
 from inference_shardformer.config.store import ConfigStore
 from inference_shardformer.engine.backend_switch import BackendSwitches
-from inference_shardformer.engine.batch import build_batch
 from inference_shardformer.engine.detokenizer import RequestText, Tokenizer
 from inference_shardformer.engine.events import (
     AddRequest,
@@ -23,11 +21,11 @@ from inference_shardformer.engine.events import (
 )
 from inference_shardformer.engine.intake import Intake
 from inference_shardformer.engine.live_updates import LiveUpdates
-from inference_shardformer.engine.model_runner import ModelRunner
 from inference_shardformer.engine.outputs import StepStats
 from inference_shardformer.engine.request import FinishReason, Request
-from inference_shardformer.engine.sampler import NOT_FINITE, NOTHING_LEFT, Sampler
+from inference_shardformer.engine.sampler import NOT_FINITE, NOTHING_LEFT
 from inference_shardformer.engine.scheduler import Scheduler, SchedulerOutput
+from inference_shardformer.engine.step_runner import StepRunner
 from inference_shardformer.engine.weight_updates import WeightUpdates
 from inference_shardformer.errors import RequestError
 
@@ -61,13 +59,14 @@ class EngineCore:
 
     Events take effect in their order at the start of a step: a request takes the sampling defaults of the configuration
     as the events before it left it, and keeps them; the limits of the step are those after the last event.
+    `meanwhile` does what the last step left to do, such as its text: while the device is at the next one, or before
+    events change what it needs.
     """
 
     def __init__(
         self,
         *,
-        runner: ModelRunner,
-        sampler: Sampler,
+        steps: StepRunner,
         scheduler: Scheduler,
         exchange: EventExchange,
         intake: Intake,
@@ -76,11 +75,10 @@ class EngineCore:
         switches: BackendSwitches,
         weights: WeightUpdates,
         guard: StepGuard,
-        device: torch.device,
         eos_token_ids: tuple[int, ...],
         tokenizer: Tokenizer | None,
-        with_rope_lengths: bool,
         rope_switch_length: int | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         self.scheduler = scheduler
         self.exchange = exchange
@@ -91,14 +89,12 @@ class EngineCore:
         self._updates = updates
         self.switches = switches
         self.weights = weights
-        self._runner = runner
-        self._sampler = sampler
+        self.steps = steps
         self._guard = guard
-        self._device = device
         self._eos_token_ids = frozenset(eos_token_ids)
         self._tokenizer = tokenizer
-        self._with_rope_lengths = with_rope_lengths
         self._rope_switch_length = rope_switch_length
+        self._meanwhile = meanwhile
         self._finished: list[LiveRequest] = []
 
     @property
@@ -111,15 +107,19 @@ class EngineCore:
         started = perf_counter()
         self.receive()
         snapshot = self._config.current  # read once: one step, one epoch
-        output = self.scheduler.schedule(snapshot.inference.scheduler)
-        advanced = self._run(output) if output.scheduled else []
+        limits = snapshot.inference.scheduler
+        output = self.scheduler.schedule(limits)
+        advanced = self._run(output, limits) if output.scheduled else []
         return StepResult(advanced, self._stats(output, perf_counter() - started, snapshot.epoch))
 
     def receive(self) -> None:
         """Apply what came from outside; every rank must be here at the same time."""
         with self._guard.step("receive"):
             delivery = self.exchange.receive()
-        for event in delivery.agreed():
+        events = delivery.agreed()
+        if events:
+            self._meanwhile()
+        for event in events:
             self._apply(event)
         self._updates.drop_unshared()
         self.switches.drop_unshared()
@@ -176,20 +176,10 @@ class EngineCore:
             request.error = refusal
             self._end(live, "rejected")
 
-    def _run(self, output: SchedulerOutput) -> list[tuple[LiveRequest, int]]:
+    def _run(self, output: SchedulerOutput, limits: SchedulerConfig) -> list[tuple[LiveRequest, int]]:
         with self._guard.step("prefill" if len(output.scheduled) > output.num_decodes else "decode"):
-            batch = build_batch(
-                output,
-                block_size=self.scheduler.block_size,
-                device=self._device,
-                with_rope_lengths=self._with_rope_lengths,
-                num_padding=self._runner.num_padding(output.num_decodes, len(output.scheduled)),
-            )
-            logits = self._runner.run(batch)
-            token_ids = self._sampler.sample(logits, batch.requests_to_sample)
-            for request, num_new_tokens in output.scheduled:
-                request.num_computed_tokens += num_new_tokens
-            return self._update(batch.requests_to_sample, token_ids)
+            sampled = self.steps.run(output, limits, self._meanwhile)
+            return self._update(sampled.requests, sampled.token_ids)
 
     def _update(self, requests: list[Request], token_ids: list[int]) -> list[tuple[LiveRequest, int]]:
         advanced = []

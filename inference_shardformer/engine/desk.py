@@ -19,11 +19,11 @@ from inference_shardformer.errors import RequestError
 class RequestDesk:
     """Stands between the calls of the users and the core. Its owner holds the engine's lock during every call."""
 
-    def __init__(self, core: EngineCore, intake: Intake, *, is_alone: bool) -> None:
+    def __init__(self, core: EngineCore, intake: Intake, outbox: Outbox, *, is_alone: bool) -> None:
         self._core = core
         self._intake = intake
         self._exchange = core.exchange
-        self._outbox = Outbox()
+        self._outbox = outbox
         self._is_alone = is_alone
 
     @property

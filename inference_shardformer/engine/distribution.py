@@ -8,20 +8,33 @@ from hashlib import blake2b
 
 import torch
 
-from inference_shardformer.engine.sampling_params import ResolvedSampling
 from inference_shardformer.engine.staging import staged
 
 
-def probabilities(logits: torch.Tensor, samplings: Sequence[ResolvedSampling]) -> torch.Tensor:
+def drawn(
+    logits: torch.Tensor,
+    *,
+    temperatures: Sequence[float],
+    top_ks: Sequence[int],
+    top_ps: Sequence[float],
+    uniforms: Sequence[float],
+) -> torch.Tensor:
+    """Token ids, int64 `[num_rows]`, of `logits` `[num_rows, vocab_size]`, with torch."""
+    return draw(probabilities(logits, temperatures, top_ks, top_ps), uniforms)
+
+
+def probabilities(
+    logits: torch.Tensor, temperatures: Sequence[float], top_ks: Sequence[int], top_ps: Sequence[float]
+) -> torch.Tensor:
     """The distribution each row is drawn from, float32 `[num_rows, vocab_size]` in and out.
 
     As in Hugging Face: divide by the temperature, keep the `top_k` likeliest (and those equal to the last of them),
     then the fewest whose probability reaches `top_p`, at least one.
     """
-    temperatures = staged([sampling.temperature for sampling in samplings], logits.dtype, logits.device)
-    scores = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures.unsqueeze(-1)
-    _drop_beyond_top_k(scores, [sampling.top_k for sampling in samplings])
-    _drop_beyond_top_p(scores, [sampling.top_p for sampling in samplings])
+    divisors = staged(temperatures, logits.dtype, logits.device)
+    scores = (logits - logits.amax(dim=-1, keepdim=True)) / divisors.unsqueeze(-1)
+    _drop_beyond_top_k(scores, top_ks)
+    _drop_beyond_top_p(scores, top_ps)
     return scores.softmax(dim=-1)
 
 

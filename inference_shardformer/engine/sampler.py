@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
-from inference_shardformer.engine.distribution import draw, probabilities, uniform
+from inference_shardformer.engine.distribution import drawn, uniform
 from inference_shardformer.engine.history import look_back
 from inference_shardformer.engine.request import Request
 from inference_shardformer.engine.staging import staged
@@ -30,29 +30,61 @@ class TensorGroup(Protocol):
         """Rank `src`'s `t`, on every rank."""
 
 
+Greatest = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""The greatest value of each row of `[num_rows, size]` and its index, the first among equals; NaN is greatest."""
+
+
+class Draw(Protocol):
+    """Draws one token for each row; the settings lie on the host. Must not wait for the device."""
+
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        *,
+        temperatures: Sequence[float],
+        top_ks: Sequence[int],
+        top_ps: Sequence[float],
+        uniforms: Sequence[float],
+    ) -> torch.Tensor:
+        """Token ids, int64 `[num_rows]`, of `logits` `[num_rows, vocab_size]`."""
+
+
 class Sampler:
     """Chooses tokens; the same on every rank, for any number of ranks.
 
     This rank's logits are the columns `vocab_range` of the vocabulary, followed by padding that is never chosen.
     Greedy rows exchange one (value, index) pair; rows that draw, or that look back at their tokens, exchange their
-    logits, and rank 0 chooses.
+    logits, and rank 0 chooses. What is given as `draw` and `greatest` does the work, else torch.
     """
 
-    def __init__(self, group: TensorGroup, vocab_range: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        group: TensorGroup,
+        vocab_range: tuple[int, int],
+        *,
+        draw: Draw | None = None,
+        greatest: Greatest | None = None,
+    ) -> None:
         self._group = group
+        self._draw = draw or drawn
+        self._greatest = greatest or _greatest
         self._start, self._end = vocab_range
         ranges = torch.tensor([vocab_range], dtype=torch.int64, device=group.device)
         self._vocab_ranges: list[list[int]] = group.all_gather(ranges, dim=0).tolist()
 
     def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
-        """A token id for each row of `logits` `[num_rows, local_vocab]`.
+        """What `sample_on_device` chooses, on the host; waits for it."""
+        return self.sample_on_device(logits, requests).tolist()
+
+    def sample_on_device(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+        """A token id for each row of `logits` `[num_rows, local_vocab]`, int64 `[num_rows]`. Waits for nothing.
 
         `NOT_FINITE` where logits are NaN or inf, `NOTHING_LEFT` where the tokens so far ban all others. Rows belong to
-        `requests` in order. One transfer to the host where all rows are greedy and none looks back.
+        `requests` in order. One exchange between the ranks where all rows are greedy and none looks back.
         """
         sharded = [row for row, request in enumerate(requests) if _needs_no_logits_of_others(request)]
         if len(sharded) == len(requests):
-            return self._argmax(logits).tolist() if sharded else []
+            return self._argmax(logits) if sharded else torch.empty(0, dtype=torch.int64, device=logits.device)
         whole = [row for row, request in enumerate(requests) if not _needs_no_logits_of_others(request)]
         chosen = torch.empty(len(requests), dtype=torch.int64, device=logits.device)
         if sharded:
@@ -60,15 +92,14 @@ class Sampler:
             chosen[rows] = self._argmax(logits[rows])
         rows = staged(whole, torch.int64, logits.device)
         chosen[rows] = self._choose(logits[rows], [requests[row] for row in whole])
-        return chosen.tolist()
+        return chosen
 
     def _argmax(self, logits: torch.Tensor) -> torch.Tensor:
         """The likeliest token of each row, the lowest id among equals; int64 `[num_rows]`."""
         columns = logits[:, : self._end - self._start]
         if self._group.size == 1:
-            best = _first_argmax(columns)
-            is_finite = columns.gather(-1, best.unsqueeze(-1)).squeeze(-1).isfinite()
-            return best.masked_fill_(~is_finite, NOT_FINITE)
+            value, best = self._greatest(columns)
+            return best.masked_fill_(~value.isfinite(), NOT_FINITE)
         return self._argmax_over_ranks(columns)
 
     def _argmax_over_ranks(self, columns: torch.Tensor) -> torch.Tensor:
@@ -76,8 +107,8 @@ class Sampler:
         num_rows = columns.shape[0]
         pairs = columns.new_full((num_rows, 2), -torch.inf, dtype=torch.float64)
         if columns.shape[1]:
-            best = _first_argmax(columns)
-            pairs[:, 0] = columns.gather(-1, best.unsqueeze(-1)).squeeze(-1)
+            value, best = self._greatest(columns)
+            pairs[:, 0] = value
             pairs[:, 1] = best + self._start
         gathered = self._group.all_gather(pairs, dim=0).view(-1, num_rows, 2)  # [size, num_rows, 2]
         winner = gathered[..., 0].argmax(dim=0)  # the first rank among equals, which holds the lowest ids
@@ -92,16 +123,27 @@ class Sampler:
             is_finite = whole.amax(dim=-1).isfinite()
             look_back(whole, requests)
             greedy = [row for row, request in enumerate(requests) if request.sampling.is_greedy]
-            drawn = [row for row, request in enumerate(requests) if not request.sampling.is_greedy]
+            others = [row for row, request in enumerate(requests) if not request.sampling.is_greedy]
             if greedy:
                 rows = staged(greedy, torch.int64, whole.device)
-                token_ids[rows] = _first_argmax(whole[rows])
-            if drawn:
-                rows = staged(drawn, torch.int64, whole.device)
-                token_ids[rows] = _drawn(whole[rows], [requests[row] for row in drawn])
+                token_ids[rows] = self._greatest(whole[rows])[1]
+            if others:
+                rows = staged(others, torch.int64, whole.device)
+                token_ids[rows] = self._drawn(whole[rows], [requests[row] for row in others])
             token_ids.masked_fill_(whole.amax(dim=-1) == -torch.inf, NOTHING_LEFT)
             token_ids.masked_fill_(~is_finite, NOT_FINITE)
         return self._group.broadcast(token_ids, src=0)
+
+    def _drawn(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+        """Tokens of rows that are no greedy ones, by numbers that only depend on the request."""
+        samplings = [request.sampling for request in requests]
+        return self._draw(
+            logits,
+            temperatures=[sampling.temperature for sampling in samplings],
+            top_ks=[sampling.top_k for sampling in samplings],
+            top_ps=[sampling.top_p for sampling in samplings],
+            uniforms=[uniform(request.sampling.seed, request.num_output_tokens) for request in requests],
+        )
 
     def _true_columns(self, gathered: torch.Tensor, local_vocab: int) -> torch.Tensor:
         """Drop each rank's padding: `[num_rows, size * local_vocab]` to `[num_rows, vocab_size]`."""
@@ -116,16 +158,7 @@ def _needs_no_logits_of_others(request: Request) -> bool:
     return request.sampling.is_greedy and not request.sampling.looks_back
 
 
-def _drawn(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
-    probs = probabilities(logits, [request.sampling for request in requests])
-    return draw(probs, [uniform(request.sampling.seed, request.num_output_tokens) for request in requests])
-
-
-def _first_argmax(rows: torch.Tensor) -> torch.Tensor:
-    """The first of the largest columns of each row; NaN counts as largest.
-
-    On a CPU through numpy, which is a dozen times faster at this than torch.
-    """
-    if rows.device.type == "cpu":
-        return torch.from_numpy(rows.numpy().argmax(axis=-1))
-    return rows.argmax(dim=-1)
+def _greatest(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """On a CPU through numpy, which is a dozen times faster at this than torch."""
+    best = torch.from_numpy(rows.numpy().argmax(axis=-1)) if rows.device.type == "cpu" else rows.argmax(dim=-1)
+    return rows.gather(-1, best.unsqueeze(-1)).squeeze(-1), best

@@ -74,6 +74,30 @@ class Scheduler:
         prefills = [entry for entry in scheduled if entry.num_new_tokens > 1]
         return SchedulerOutput(decodes + prefills, len(decodes), preempted)
 
+    def expect(self, limits: SchedulerConfig) -> SchedulerOutput | None:
+        """The next step as far as it is certain while the present one runs; takes its blocks, as `schedule` would.
+
+        Every running request gets a token, and those leave for which it is the last. None where the next step is not
+        decodes alone, or where somebody may be admitted or preempted. A request that leaves earlier gives back its
+        blocks with all others, so nothing has to be undone.
+        """
+        if any(request.num_uncomputed_tokens for request in self.running):
+            return None
+        staying = [request for request in self.running if not _gets_its_last_token(request)]
+        if not 0 < len(staying) <= limits.max_num_batched_tokens:
+            return None
+        has_room = bool(self.waiting) and len(staying) < limits.max_num_seqs
+        if has_room and len(staying) < len(self.running):
+            return None
+        missing = [(request, num) for request in staying if (num := self._missing_blocks(request, 1))]
+        if sum(num for _, num in missing) > self.allocator.num_free:
+            return None
+        for request, num in missing:
+            request.block_table.extend(self.allocator.allocate(num))
+        if has_room and self._may_enter(self.waiting[0]):
+            return None
+        return SchedulerOutput([ScheduledRequest(request, 1) for request in staying], len(staying))
+
     def finish(self, request: Request) -> None:
         """Take a finished request out and free its blocks."""
         if request in self.running:
@@ -115,9 +139,8 @@ class Scheduler:
 
     def _make_room(self, request: Request, num_new_tokens: int, preempted: list[Request]) -> bool:
         """Take the missing blocks of a running request; False if it had to give way itself."""
-        num_tokens = request.num_computed_tokens + num_new_tokens
-        missing = blocks_for(num_tokens, self.block_size) - len(request.block_table)
-        if missing <= 0:
+        missing = self._missing_blocks(request, num_new_tokens)
+        if missing == 0:
             return True
         while missing > self.allocator.num_free and len(self.running) > 1:
             victim = self.running[-1]
@@ -127,6 +150,10 @@ class Scheduler:
                 return False
         request.block_table.extend(self.allocator.allocate(missing))
         return True
+
+    def _missing_blocks(self, request: Request, num_new_tokens: int) -> int:
+        num_tokens = request.num_computed_tokens + num_new_tokens - len(request.block_table) * self.block_size
+        return blocks_for(num_tokens, self.block_size) if num_tokens > 0 else 0
 
     def _preempt(self, request: Request) -> None:
         self.running.pop()
@@ -138,18 +165,26 @@ class Scheduler:
     def _admit(self, scheduled: list[ScheduledRequest], budget: int, max_num_seqs: int) -> None:
         while self.waiting and budget > 0 and len(self.running) < max_num_seqs:
             request = self.waiting[0]
-            needed = blocks_for(request.num_tokens, self.block_size)
-            # one block for each running request stays free, or the newcomer would soon be preempted by them
-            if needed + len(self.running) > self.allocator.num_free and self.running:
+            if not self._may_enter(request):
                 return
             self.waiting.popleft()
-            request.block_table.extend(self.allocator.allocate(needed))
+            request.block_table.extend(self.allocator.allocate(blocks_for(request.num_tokens, self.block_size)))
             request.status = RequestStatus.RUNNING
             self.running.append(request)
             num_new_tokens = min(request.num_tokens, budget)
             scheduled.append(ScheduledRequest(request, num_new_tokens))
             budget -= num_new_tokens
 
+    def _may_enter(self, request: Request) -> bool:
+        """Whether it fits, and leaves a block for each running request, which would soon preempt it for that."""
+        needed = blocks_for(request.num_tokens, self.block_size)
+        return not self.running or needed + len(self.running) <= self.allocator.num_free
+
     def _release(self, request: Request) -> None:
         self.allocator.free(request.block_table)
         del request.block_table[:]
+
+
+def _gets_its_last_token(request: Request) -> bool:
+    """Whether the token that is being sampled is the last that the request may have."""
+    return request.num_output_tokens + 1 >= request.sampling.max_new_tokens

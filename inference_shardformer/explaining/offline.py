@@ -30,6 +30,7 @@ from inference_shardformer.resolving.resolution import (
     decisions_on,
     memory_limit,
     resolve_device,
+    resolve_overlap,
     resolve_threads,
 )
 from inference_shardformer.sharded import check_checkpoint, plan_ranks
@@ -94,6 +95,7 @@ def _explain_alone(merged: MergedConfig, host: HostFacts, violations: list[Viola
         "shard.device": (host.device, host.device_reason),
         "shard.threads_per_rank": resolve_threads(merged.shard, host.ranks_on_host),
         "shard.all_reduce": (host.all_reduce.name, host.all_reduce.reason),
+        "inference.scheduler.overlap": resolve_overlap(merged.inference, host.device),
         "inference.cache.num_blocks": ("auto", AT_ATTACH),
         "inference.cache.memory_limit": memory_limit(merged.inference),
     }
@@ -142,7 +144,7 @@ def _rank_verdicts(seen: Examined, tp_size: int) -> tuple[tuple[LayerVerdicts, .
             dtype=config.torch_dtype,
             device=device,
             block_size=seen.groups.specs[0].block_size,
-        )
+        ).stored_in(seen.groups.specs[0].kv_dtype)
         for rank in range(tp_size)
     ]
     for groups in per_rank:

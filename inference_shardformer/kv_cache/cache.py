@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from inference_shardformer.errors import CapacityError
+from inference_shardformer.kernels.e4m3 import gather_rows, store_rows
 from inference_shardformer.kernels.host_memory import zeroed_bytes
 from inference_shardformer.kv_cache.layout import KVLayout
 from inference_shardformer.kv_cache.spec import KVCacheSpec
@@ -78,7 +79,7 @@ class PagedKVCache:
         blocks = torch.tensor(block_ids, dtype=torch.int64, device=self._device)
         for layer_idx, (old, new) in enumerate(zip(self.layouts, target.layouts, strict=True)):
             for source, copy in zip(self._layers[layer_idx], target._layers[layer_idx], strict=True):
-                new.as_nhd(copy).index_copy_(0, blocks, old.as_nhd(source).index_select(0, blocks))
+                store_rows(new.as_nhd(copy), blocks, gather_rows(old.as_nhd(source), blocks, source.dtype))
         return target
 
     @property

@@ -52,10 +52,11 @@ class WeightHolder(nn.Module):
             for leaf in self.stored.tensors:
                 self.register_parameter(leaf, owner.get_parameter(leaf))
             return True
-        self.stored.allocate(next(iter(owner.stored.tensors.values())).device)
+        device = next(iter(owner.stored.tensors.values())).device
+        self.stored.allocate(device)
         for row in range(0, self.stored.shape.out_features, _ROWS_COPIED_AT_ONCE):
             end = min(row + _ROWS_COPIED_AT_ONCE, self.stored.shape.out_features)
-            self.stored.write(owner.stored.rows(torch.arange(row, end)), row=row)
+            self.stored.write(owner.stored.rows(torch.arange(row, end, device=device)), row=row)
         self._register()
         return False
 

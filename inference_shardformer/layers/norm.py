@@ -25,6 +25,16 @@ class RMSNorm(nn.Module):
         """`[..., size]` in and out."""
         return self._kernel.rms_norm(hidden_states, self.weight, self.eps, is_offset=self.is_offset)
 
+    def of_sum(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of `residual + hidden_states`, and that sum.
+
+        While somebody's hooks watch this module it is called with the sum, so that they see what they would elsewhere.
+        """
+        if self._forward_hooks or self._forward_pre_hooks:
+            total = residual + hidden_states
+            return self(total), total
+        return self._kernel.add_rms_norm(hidden_states, residual, self.weight, self.eps, is_offset=self.is_offset)
+
     def extra_repr(self) -> str:
         """Size, eps and the bound kernel."""
         return f"{self.weight.shape[0]}, eps={self.eps}, kernel={self._kernel.name}"

@@ -54,6 +54,49 @@ class LengthDependentRotaryEmbedding(RotaryEmbedding):
         return self._angles(x, position_ids[:1], table.to(x.device)[index])
 
 
+class TabledRotaryEmbedding(RotaryEmbedding):
+    """The same for a device: every length up to `longest` has been looked up before, so that a step waits for nothing.
+
+    Lengths with equal frequencies share a row. Frequencies change with the length in one direction, as those of both
+    rope types do, so that what is equal at two lengths is equal between them.
+    """
+
+    rows: torch.Tensor
+    row_of_length: torch.Tensor
+
+    def __init__(self, frequencies: FrequenciesOfLength, base: torch.Tensor, scaling: float, *, longest: int) -> None:
+        super().__init__(base, scaling)
+        rows = _differing(frequencies, 1, longest)
+        is_start = torch.zeros(longest + 1, dtype=torch.int64)
+        is_start[[length for length in rows if length > 1]] = 1
+        table = torch.stack([rows[length].float() for length in sorted(rows)])
+        self.register_buffer("rows", table, persistent=False)  # [num_rows, head_dim / 2]
+        self.register_buffer("row_of_length", is_start.cumsum(0), persistent=False)  # [longest + 1]
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[2, num_tokens]` (positions; sequence lengths) to cos and sin `[1, num_tokens, head_dim]`."""
+        return self._angles(x, position_ids[:1], self.rows[self.row_of_length[position_ids[1]]])
+
+
+def _differing(frequencies: FrequenciesOfLength, first: int, last: int) -> dict[int, torch.Tensor]:
+    """Frequencies by the first length that has them, from `first` to `last`.
+
+    Looks at the ends of a range and, while they differ, at those of its halves.
+    """
+    found, ranges = {first: frequencies(first)}, [(first, last)]
+    while ranges:
+        low, high = ranges.pop()
+        of_high = frequencies(high)
+        if torch.equal(frequencies(low), of_high):
+            continue
+        if high - low == 1:
+            found[high] = of_high
+            continue
+        middle = (low + high) // 2
+        ranges += [(middle, high), (low, middle)]
+    return found
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate `x [num_tokens, heads, head_dim]` by cos and sin `[num_tokens, 1, head_dim]`, halves split as in LLaMA."""
     first, second = x.chunk(2, dim=-1)

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from inference_shardformer.attention.base import AttentionBackend, AttentionMetadata
-from inference_shardformer.layers.rotary import rotate
+from inference_shardformer.compute.rotary_write import RotaryWrite, RotaryWriteKernel
+from inference_shardformer.kv_cache.cache import LayerKVCache
+from inference_shardformer.modeling.turning import turn_then_write
 
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]  # cos and sin, each [1, num_tokens, rotary_dim]
 
@@ -22,9 +24,9 @@ class NoPaddingAttention(nn.Module):
         self.layer_idx = layer_idx
         self.qkv_proj = qkv_proj
         self.o_proj = o_proj
-        self.backend = backend
         spec = backend.spec
         self.num_heads, self.num_kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        self.backend = backend
 
     def forward(
         self,
@@ -37,11 +39,9 @@ class NoPaddingAttention(nn.Module):
     ) -> tuple[torch.Tensor, None]:
         """`[1, num_tokens, hidden_size]` in and out, equal on every rank; Hugging Face expects a second value."""
         num_tokens = hidden_states.shape[1]
-        heads = self.qkv_proj(hidden_states).view(num_tokens, -1, self.head_dim)
-        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        q, k = self._placed(q, k, position_embeddings)
+        heads = self.qkv_proj(hidden_states).view(num_tokens, -1, self.head_dim)  # queries, then keys, then values
         cache, meta = attn_metadata.kv_cache.layer(self.layer_idx), attn_metadata.of(self.layer_idx)
-        self.backend.write(k, v, cache, meta)
+        q = self._stored(heads, position_embeddings, cache, meta)
         out = self.backend.attend(q, cache, meta)  # [num_tokens, num_heads, head_dim]
         return self.o_proj(out.reshape(1, num_tokens, -1)), None
 
@@ -55,23 +55,67 @@ class NoPaddingAttention(nn.Module):
         heads = f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
         return f"backend={self.backend.name}, {heads}"
 
-    def _placed(
-        self, q: torch.Tensor, k: torch.Tensor, position_embeddings: PositionEmbeddings | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries `[num_tokens, num_heads, head_dim]` and keys, with their positions."""
-        return q.contiguous(), k
+    def _split(self, heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, each `[num_tokens, heads of it, head_dim]`."""
+        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        return q, k, v
+
+    def _stored(
+        self,
+        heads: torch.Tensor,
+        position_embeddings: PositionEmbeddings | None,
+        cache: LayerKVCache,
+        meta: AttentionMetadata,
+    ) -> torch.Tensor:
+        """Store keys and values, and return queries `[num_tokens, num_heads, head_dim]`, each with its position."""
+        q, k, v = self._split(heads)
+        self.backend.write(k, v, cache, meta)
+        return q.contiguous()
 
 
 class NoPaddingRotaryAttention(NoPaddingAttention):
-    """Attention whose rotary embedding turns the first `rotary_dim` elements of every head, or all of them."""
+    """Attention whose rotary embedding turns the first `rotary_dim` elements of every head, or all of them.
 
-    def _placed(
-        self, q: torch.Tensor, k: torch.Tensor, position_embeddings: PositionEmbeddings | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    What turns and stores them is bound at construction, and anew when the attention backend is exchanged.
+    """
+
+    _kernel: RotaryWriteKernel | None = None
+
+    @property
+    def backend(self) -> AttentionBackend:
+        """The attention backend of the layer. Whoever exchanges it binds the rotary kernel anew."""
+        return self.__dict__["backend"]
+
+    @backend.setter
+    def backend(self, backend: AttentionBackend) -> None:
+        self.__dict__["backend"] = backend
+        self._bind()
+
+    def turn_by(self, kernel: RotaryWriteKernel) -> None:
+        """Let a kernel turn and store heads, as far as it serves the backend; torch and the backend do until then."""
+        self._kernel = kernel
+        self._bind()
+
+    def extra_repr(self) -> str:
+        """As for all attention, and what turns the heads."""
+        return f"{super().extra_repr()}, rotary={self._rotary}"
+
+    def _bind(self) -> None:
+        fused = None if self._kernel is None else self._kernel.bind(self.backend)
+        self._rotary = self._kernel.name if fused and self._kernel else "torch"
+        self._turned: RotaryWrite = fused or turn_then_write(self.backend, self.num_heads, self.num_kv_heads)
+
+    def _stored(
+        self,
+        heads: torch.Tensor,
+        position_embeddings: PositionEmbeddings | None,
+        cache: LayerKVCache,
+        meta: AttentionMetadata,
+    ) -> torch.Tensor:
         if position_embeddings is None:
             raise TypeError(f"layer {self.layer_idx} was given no cos and sin; Hugging Face's layer passes them")
-        cos, sin = (part.transpose(0, 1) for part in position_embeddings)  # [num_tokens, 1, rotary_dim]
-        return _turn(q, cos, sin), _turn(k, cos, sin)
+        cos, sin = position_embeddings
+        return self._turned(heads, cos[0], sin[0], cache, meta)
 
 
 class NoPaddingNormedAttention(NoPaddingRotaryAttention):
@@ -91,14 +135,13 @@ class NoPaddingNormedAttention(NoPaddingRotaryAttention):
         self.q_norm = q_norm
         self.k_norm = k_norm
 
-    def _placed(
-        self, q: torch.Tensor, k: torch.Tensor, position_embeddings: PositionEmbeddings | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return super()._placed(self.q_norm(q), self.k_norm(k), position_embeddings)
-
-
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    rotary_dim = cos.shape[-1]
-    if rotary_dim == x.shape[-1]:
-        return rotate(x, cos, sin)
-    return torch.cat((rotate(x[..., :rotary_dim], cos, sin), x[..., rotary_dim:]), dim=-1)
+    def _stored(
+        self,
+        heads: torch.Tensor,
+        position_embeddings: PositionEmbeddings | None,
+        cache: LayerKVCache,
+        meta: AttentionMetadata,
+    ) -> torch.Tensor:
+        q, k, v = self._split(heads)
+        normed = torch.cat((self.q_norm(q), self.k_norm(k), v), dim=1)
+        return super()._stored(normed, position_embeddings, cache, meta)

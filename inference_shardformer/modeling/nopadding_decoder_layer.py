@@ -83,14 +83,18 @@ class NoPaddingDecoderLayer(nn.Module):
         out = self._run(hidden_states, position_embeddings, attn_metadata)
         return (out,) if self._returns_tuple else out
 
+    def were_all_run(self, hidden_states: torch.Tensor) -> bool:
+        """Whether this layer's call ran all that come after it, too: they would hand on what they are given."""
+        return self._kernel.were_all_run(hidden_states)
+
     def run_modules(
         self, hidden_states: torch.Tensor, position_embeddings: PositionEmbeddings, attn_metadata: AttentionMetadata
     ) -> torch.Tensor:
         """The layer by its modules."""
         normed = self.input_layernorm(hidden_states)
         attended, _ = self.self_attn(normed, position_embeddings, attn_metadata=attn_metadata)
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        normed, hidden_states = self.post_attention_layernorm.of_sum(attended, hidden_states)
+        return hidden_states + self.mlp(normed)
 
     def _parts(self) -> LayerParts:
         return LayerParts(

@@ -8,7 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from inference_shardformer.compute.experts import ExpertParts, ExpertsKernel, Mix
 from inference_shardformer.distributed.tensor_parallel import TensorParallelGroup
+from inference_shardformer.layers.linear import ParallelLinear
+from inference_shardformer.modeling.nopadding_llama import NoPaddingLlamaMLP
 
 
 class NoPaddingMoE(nn.Module):
@@ -27,6 +30,7 @@ class NoPaddingMoE(nn.Module):
         top_k: int,
         normalises: bool,
         group: TensorParallelGroup,
+        kernel: ExpertsKernel | None = None,
     ) -> None:
         super().__init__()
         self.gate = gate
@@ -34,6 +38,21 @@ class NoPaddingMoE(nn.Module):
         self.top_k = top_k
         self.normalises = normalises
         self._group = group
+        self._kernel = kernel
+        self._run: Mix = self.run_modules
+
+    def weights_loaded(self) -> None:
+        """Bind what runs the experts; their parameters keep their addresses from now on."""
+        parts = None if self._kernel is None else self._parts()
+        self._run = (self._kernel.bind(parts) if self._kernel and parts else None) or self.run_modules
+
+    def run_modules(self, tokens: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """The experts that are met, one after the other; see `Mix`."""
+        out = torch.zeros_like(tokens)
+        for number in torch.unique(chosen).tolist():
+            rows, places = torch.where(chosen == number)
+            out.index_add_(0, rows, self.experts[number](tokens[rows]) * weights[rows, places, None])
+        return out
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[1, num_tokens, hidden_size]` in and out, equal on every rank."""
@@ -50,12 +69,17 @@ class NoPaddingMoE(nn.Module):
         weights, chosen = torch.topk(torch.softmax(logits.float(), dim=-1), self.top_k, dim=-1)  # [num_tokens, top_k]
         if self.normalises:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        weights = weights.to(tokens.dtype)
-        out = torch.zeros_like(tokens)
-        for number in torch.unique(chosen).tolist():
-            rows, places = torch.where(chosen == number)
-            out.index_add_(0, rows, self.experts[number](tokens[rows]) * weights[rows, places, None])
+        out = self._run(tokens, weights.to(tokens.dtype), chosen)
         return self._group.all_reduce(out).view_as(hidden_states), logits
+
+    def _parts(self) -> ExpertParts | None:
+        """The experts for a kernel; `None` where they are not all of the usual form, without biases."""
+        experts = [each for each in self.experts if isinstance(each, NoPaddingLlamaMLP)]
+        layers = [(each.gate_up_proj, each.down_proj) for each in experts]
+        held = [each for pair in layers for each in pair if isinstance(each, ParallelLinear) and each.bias is None]
+        if len(held) < 2 * len(self.experts):
+            return None
+        return ExpertParts([each.stored for each in held[::2]], [each.stored for each in held[1::2]], experts[0].act_fn)
 
 
 class NoPaddingMoEWithLogits(NoPaddingMoE):

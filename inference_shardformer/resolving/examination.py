@@ -19,7 +19,7 @@ from inference_shardformer.config.effects import ConfigEvent, event_of, idle, id
 from inference_shardformer.config.loader import MergedConfig, merge_layers
 from inference_shardformer.config.model import ModelFacts
 from inference_shardformer.config.origins import Level, Origin
-from inference_shardformer.config.resolved import TORCH_DTYPES, ResolvedConfig
+from inference_shardformer.config.resolved import CACHE_DTYPES, TORCH_DTYPES, ResolvedConfig
 from inference_shardformer.config.sources import Layers
 from inference_shardformer.config.violations import ConfigViolations, Violation, raise_all, show
 from inference_shardformer.errors import BackendUnavailableError, InferenceShardformerError, PluginError, PolicyError
@@ -58,12 +58,16 @@ Eos = int | list[int] | None
 
 
 class ModelSource(NamedTuple):
-    """A model before its weights: its configuration, its architecture, and the policy that was given for it."""
+    """A model before its weights: its configuration, its architecture, and the policy that was given for it.
+
+    A model in memory also has the type of its weights, whatever its configuration says.
+    """
 
     hf_config: PreTrainedConfig
     architecture: str
     eos: Eos
     policy: Policy | None = None
+    weights_dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,9 @@ def examine(
         source = read_model()
         policy = bind_policy(source.policy or policy_for(source.architecture), merge_layers(layers))
         facts = replace(policy.facts(source.hf_config), eos_token_ids=token_ids(source.eos))
+        if source.weights_dtype is not None:
+            names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+            facts = replace(facts, checkpoint_dtype=names.get(source.weights_dtype))
     except ConfigViolations:
         raise
     except InferenceShardformerError as exc:
@@ -119,7 +126,16 @@ def examine(
     selections = _select(groups, merged, survey, violations)
     chosen = {"attention": " + ".join(chosen_names(selections)), "all_reduce": host.all_reduce.name}
     dtype = groups.specs[0].dtype
-    kernels = choose_kernels(merged, facts, policy, device=device, dtype=dtype, chosen=chosen, violations=violations)
+    kernels = choose_kernels(
+        merged,
+        facts,
+        policy,
+        device=device,
+        dtype=dtype,
+        kv_dtype=groups.specs[0].kv_dtype,
+        chosen=chosen,
+        violations=violations,
+    )
     graphs = choose_graphs(
         merged,
         facts,
@@ -127,6 +143,7 @@ def examine(
         device=device,
         backends=chosen_names(selections),
         all_reduce=host.all_reduce.name,
+        experts=kernels.spec.chosen.get("experts", "torch"),
         violations=violations,
     )
     idle = idle_values(merged, facts, resolve_length(merged.inference, facts)[0], groups.specs[0].block_size)
@@ -161,7 +178,8 @@ def layer_groups(
     Raises `PolicyError` where the policy says what one cache cannot hold.
     """
     dtype = TORCH_DTYPES[resolve_dtype(merged.inference, facts).value]
-    groups_of = partial(_groups_of, policy, facts, layout, dtype, device)
+    kv_dtype = CACHE_DTYPES[merged.inference.cache.dtype]
+    groups_of = partial(_groups_of, policy, facts, layout, dtype, device, kv_dtype)
     block_size = merged.inference.cache.block_size
     if block_size == "auto":
         block_size = choose_block_size(merged.inference.attention.backend, groups_of, survey())
@@ -174,9 +192,11 @@ def _groups_of(
     layout: RankLayout,
     dtype: torch.dtype,
     device: torch.device,
+    kv_dtype: torch.dtype | None,
     block_size: int,
 ) -> LayerGroups:
-    return policy.attention_groups(facts, layout, dtype=dtype, device=device, block_size=block_size)
+    groups = policy.attention_groups(facts, layout, dtype=dtype, device=device, block_size=block_size)
+    return groups.stored_in(kv_dtype)
 
 
 def refuse(layers: Layers, read_model: Callable[[], ModelSource], error: InferenceShardformerError) -> NoReturn:

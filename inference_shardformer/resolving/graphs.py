@@ -33,6 +33,7 @@ def choose_graphs(
     device: torch.device,
     backends: Sequence[str],
     all_reduce: str,
+    experts: str = "torch",
     violations: list[Violation],
     registry: BackendRegistry = BACKENDS,
 ) -> ChosenGraphs:
@@ -40,7 +41,15 @@ def choose_graphs(
     asked = merged.inference.graphs
     if asked == "none":
         return ChosenGraphs(0, "")
-    reasons = graph_reasons(facts, policy, device=device, backends=backends, all_reduce=all_reduce, registry=registry)
+    reasons = graph_reasons(
+        facts,
+        policy,
+        device=device,
+        backends=backends,
+        all_reduce=all_reduce,
+        experts=experts,
+        registry=registry,
+    )
     if not reasons:
         limit = merged.inference.scheduler.max_num_seqs
         largest = min(limit, _MOST_BY_ITSELF if asked == "auto" else asked)
@@ -61,6 +70,7 @@ def graph_reasons(
     device: torch.device,
     backends: Sequence[str],
     all_reduce: str,
+    experts: str = "torch",
     registry: BackendRegistry = BACKENDS,
 ) -> list[Reason]:
     """Why decode steps cannot be captured. Codes: no_graphs, feature_graphs, host_work, all_reduce."""
@@ -75,10 +85,10 @@ def graph_reasons(
         for name in backends
         if Feature.GRAPHS not in registry.get(name).capabilities.features
     ]
-    if not policy.can_capture or facts.length_dependent_rope:
+    if not policy.can_capture or (policy.has_experts and experts == "torch"):
         message = f"a step of this {facts.architecture} decides on the host by what the device computed"
         reasons.append(Reason("host_work", message, "set inference.graphs=none"))
-    if all_reduce not in ("none", "nccl"):
+    if all_reduce not in ("none", "nccl", "symm_mem"):
         message = f"sums over ranks by {all_reduce} cannot be captured"
-        reasons.append(Reason("all_reduce", message, "set shard.all_reduce=nccl, or inference.graphs=none"))
+        reasons.append(Reason("all_reduce", message, "set shard.all_reduce=auto, or inference.graphs=none"))
     return reasons

@@ -9,10 +9,13 @@ from typing import NamedTuple, cast
 import torch
 
 from inference_shardformer.attention.selector import Selection
+from inference_shardformer.attention.slot_writes import is_stored_by_slot
 from inference_shardformer.attention.spec import Reason
+from inference_shardformer.attention.survey import BACKENDS
 from inference_shardformer.compute.base import ComputeKind, ComputeSpec
 from inference_shardformer.compute.bound import KernelSelections
 from inference_shardformer.compute.linear import LinearKernel
+from inference_shardformer.compute.norm import NormKernel
 from inference_shardformer.compute.registry import KERNELS
 from inference_shardformer.compute.selection import KernelSurvey, make_kernel_survey, select_kernel
 from inference_shardformer.config.loader import MergedConfig
@@ -47,6 +50,7 @@ def choose_kernels(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    kv_dtype: torch.dtype | None,
     chosen: Mapping[str, str],
     violations: list[Violation],
 ) -> ChosenKernels:
@@ -62,7 +66,12 @@ def choose_kernels(
         activation=facts.activation,
         quantization=merged.inference.weights.quantization,
         layer_shape=policy.layer_shape,
+        has_experts=policy.has_experts,
+        rotary=policy.rotary,
+        head_dim=facts.head_dim,
+        kv_dtype=kv_dtype,
         chosen=chosen,
+        own_writes=_own_writes(chosen),
     )
     missing = native_problem()
     survey = make_kernel_survey(None if missing is None else Reason(*missing), device=device)
@@ -75,6 +84,8 @@ def choose_kernels(
         spec = replace(spec, chosen={**spec.chosen, kind.value: selection.name})
         if kind is ComputeKind.LINEAR:
             spec = replace(spec, fused_activations=_fused(survey, selection.name))
+        if kind is ComputeKind.NORM:
+            spec = replace(spec, norm_adds=_adds(survey, selection.name))
     return ChosenKernels(spec, selections)
 
 
@@ -88,6 +99,18 @@ def _fused(survey: KernelSurvey, name: str) -> frozenset[str]:
     """The activations that a linear kernel applies itself."""
     kernels = [each.kernel for each in survey.candidates[ComputeKind.LINEAR] if each.name == name]
     return cast("type[LinearKernel]", kernels[0]).fused_activations if kernels else frozenset()
+
+
+def _adds(survey: KernelSurvey, name: str) -> bool:
+    """Whether a norm kernel adds the residual itself."""
+    kernels = [each.kernel for each in survey.candidates[ComputeKind.NORM] if each.name == name]
+    return bool(kernels) and cast("type[NormKernel]", kernels[0]).fuses_add
+
+
+def _own_writes(chosen: Mapping[str, str]) -> tuple[str, ...]:
+    """The chosen attention backends whose `write` does more than store by slot."""
+    names = [name for name in chosen.get("attention", "").split(" + ") if name]
+    return tuple(name for name in names if not is_stored_by_slot(BACKENDS.get(name)))
 
 
 def _select(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -28,6 +28,13 @@ class Decided(NamedTuple):
     """A value and why it was taken; no reason where it is what was asked."""
 
     value: str
+    reason: str
+
+
+class Overlap(NamedTuple):
+    """Whether a step is prepared while another runs, and why."""
+
+    value: Literal["on", "off"]
     reason: str
 
 
@@ -71,8 +78,8 @@ def resolve_dtype(inference: InferenceConfig, facts: ModelFacts) -> Decided:
     if inference.dtype != "auto":
         return Decided(inference.dtype, "")
     if facts.checkpoint_dtype in TORCH_DTYPES:
-        return Decided(str(facts.checkpoint_dtype), "the type of the checkpoint")
-    return Decided(_FALLBACK_DTYPE, "the checkpoint names no type")
+        return Decided(str(facts.checkpoint_dtype), "the type of the weights")
+    return Decided(_FALLBACK_DTYPE, "the weights are of no such type")
 
 
 def resolve_threads(shard: ShardConfig, ranks_on_host: int) -> tuple[int, str]:
@@ -92,11 +99,21 @@ def resolve_length(inference: InferenceConfig, facts: ModelFacts) -> tuple[int, 
     return inference.max_model_len, ""
 
 
+def resolve_overlap(inference: InferenceConfig, device: str) -> Overlap:
+    """Whether host work is done while the device computes, and why."""
+    if inference.scheduler.overlap != "auto":
+        return Overlap(inference.scheduler.overlap, "")
+    if device == "cpu":
+        return Overlap("off", "the CPU computes the step itself, and has nothing to wait for")
+    return Overlap("on", f"the host would wait for {device}")
+
+
 def resolve(merged: MergedConfig, *, facts: ModelFacts, host: HostFacts, choices: Choices) -> ResolvedConfig:
     """Decide every value for one model on one host. A function of its arguments and the core count alone."""
     threads, threads_reason = resolve_threads(merged.shard, host.ranks_on_host)
     max_model_len, length_reason = resolve_length(merged.inference, facts)
     dtype = resolve_dtype(merged.inference, facts)
+    overlap = resolve_overlap(merged.inference, host.device)
     num_blocks, asked_size = merged.inference.cache.num_blocks, merged.inference.cache.block_size
     decided: dict[str, tuple[object, str]] = {
         "shard.tp_size": (host.tp_size, "the size of the process group"),
@@ -108,6 +125,7 @@ def resolve(merged: MergedConfig, *, facts: ModelFacts, host: HostFacts, choices
         "inference.attention.backend": choices.attention_backend,
         "inference.cache.block_size": choices.block_size,
         "inference.graphs": (choices.graphs[0] or "none", choices.graphs[1]),
+        "inference.scheduler.overlap": overlap,
         "inference.cache.num_blocks": (num_blocks, AT_ATTACH),
         "inference.cache.memory_limit": memory_limit(merged.inference),
         **choices.kernels,
@@ -126,6 +144,7 @@ def resolve(merged: MergedConfig, *, facts: ModelFacts, host: HostFacts, choices
         all_reduce=host.all_reduce.name,
         block_size=choices.block_size[0] if asked_size == "auto" else asked_size,
         graphs=choices.graphs[0] or "none",
+        overlap=overlap.value,
         kernels=tuple((path.rpartition(".")[2], decided.value) for path, decided in choices.kernels.items()),
     )
 

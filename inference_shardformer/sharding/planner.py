@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from inference_shardformer.errors import PolicyError
 from inference_shardformer.sharding.plan import LEFT_OUT, ModulePlan, PlanContext, ShardingPlan, TensorInfo
@@ -47,6 +48,7 @@ def make_plan(
     modules: list[ModulePlan] = []
     replaced: list[tuple[str, str]] = []
     claimed: dict[str, str] = {}
+    below = _by_owner(tensors)
     modules += _leave_out(left_out, tensors, claimed, context)
     for row in rows:
         found = _matches(row, paths)
@@ -60,7 +62,7 @@ def make_plan(
             if isinstance(row, ReplaceRow):
                 replaced.append((path, row.pattern))
             else:
-                _claim(row, path, tensors, claimed)
+                _claim(row, path, below, claimed)
                 parameters = row.style.plan(path, tensors, context)
                 modules.append(ModulePlan(path, row.pattern, row.style.name, parameters, row.style.tied_to))
     _check_coverage(tensors, claimed)
@@ -103,17 +105,27 @@ def _matches(row: Row, paths: Sequence[str]) -> list[str]:
     return [f"{path.rpartition('.')[0]}.{leaf}" for path in found] if fused else found
 
 
-def _claim(row: StyleRow, path: str, tensors: Mapping[str, TensorInfo], claimed: dict[str, str]) -> None:
-    parent = path.rpartition(".")[0]
-    owners = [f"{parent}.{source}." for source in row.style.sources] or [f"{path}."]
+def _by_owner(tensors: Iterable[str]) -> dict[str, list[str]]:
+    """The tensors below every path that leads to one."""
+    below: dict[str, list[str]] = {}
     for name in tensors:
-        if any(name.startswith(owner) for owner in owners):
-            if name in claimed:
-                raise PolicyError(
-                    f"the rows {claimed[name]!r} and {row.pattern!r} both claim {name}",
-                    remedy="make the patterns of the policy exclude each other",
-                )
-            claimed[name] = row.pattern
+        owner = name.rpartition(".")[0]
+        while owner:
+            below.setdefault(owner, []).append(name)
+            owner = owner.rpartition(".")[0]
+    return below
+
+
+def _claim(row: StyleRow, path: str, below: Mapping[str, Sequence[str]], claimed: dict[str, str]) -> None:
+    parent = path.rpartition(".")[0]
+    owners = [f"{parent}.{source}" for source in row.style.sources] or [path]
+    for name in chain.from_iterable(below.get(owner, ()) for owner in owners):
+        if name in claimed:
+            raise PolicyError(
+                f"the rows {claimed[name]!r} and {row.pattern!r} both claim {name}",
+                remedy="make the patterns of the policy exclude each other",
+            )
+        claimed[name] = row.pattern
 
 
 def _check_coverage(tensors: Mapping[str, TensorInfo], claimed: Mapping[str, str]) -> None:

@@ -13,10 +13,12 @@ def rms_norm_kernel(
     out_ptr,  # [num_rows, size]
     x_ptr,
     weight_ptr,  # [size]
-    residual_ptr,  # [num_rows, size], changed in place
+    residual_ptr,  # [num_rows, size]
+    sum_ptr,  # [num_rows, size], where the sum goes; may be the residual's place
     eps,
     x_stride,
     residual_stride,
+    sum_stride,
     SIZE: tl.constexpr,
     SIZE_PAD: tl.constexpr,
     WEIGHT_OFFSET: tl.constexpr,
@@ -29,10 +31,9 @@ def rms_norm_kernel(
     mask = columns < SIZE
     x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0)
     if HAS_RESIDUAL:
-        place = residual_ptr + row * residual_stride + columns
-        before = tl.load(place, mask=mask, other=0.0)
+        before = tl.load(residual_ptr + row * residual_stride + columns, mask=mask, other=0.0)
         x = (before.to(tl.float32) + x.to(tl.float32)).to(x.dtype)
-        tl.store(place, x, mask=mask)
+        tl.store(sum_ptr + row * sum_stride + columns, x, mask=mask)
     wide = x.to(tl.float32)
     normed = wide * (1.0 / tl.sqrt(tl.sum(wide * wide, 0) / SIZE + eps))
     if ROUNDS_BEFORE_WEIGHT:

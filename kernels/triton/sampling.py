@@ -9,13 +9,14 @@ from inference_shardformer.kernels.triton.sampling_kernel import sample_kernel
 from inference_shardformer.kernels.triton.shapes import power_of_two
 
 _BLOCK = 4096
+_WARPS = 32  # as many as a processor holds: a row is one program
 
 
 def sample(
     logits: torch.Tensor,  # [num_rows, vocab_size]
     *,
-    temperatures: torch.Tensor,  # float32 [num_rows], 0: the first of the likeliest
-    top_ks: torch.Tensor,  # int32 [num_rows], below 1: all
+    temperatures: torch.Tensor,  # float32 or float64 [num_rows], 0: the first of the likeliest
+    top_ks: torch.Tensor,  # int32, or whole numbers in float64, [num_rows], below 1: all
     top_ps: torch.Tensor,  # float64 [num_rows], 1: all
     uniforms: torch.Tensor,  # float64 [num_rows], in [0, 1)
 ) -> torch.Tensor:
@@ -28,11 +29,12 @@ def sample(
     logits = unit_stride(logits)
     num_rows, vocab_size = logits.shape
     ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    scores = torch.empty(num_rows, vocab_size, dtype=torch.float32, device=logits.device)
     if num_rows:
         sample_kernel[(num_rows,)](
-            *(ids, logits, temperatures, top_ks, top_ps, uniforms, logits.stride(0)),
+            *(ids, scores, logits, temperatures, top_ks, top_ps, uniforms, logits.stride(0)),
             VOCAB=vocab_size,
             BLOCK=min(_BLOCK, power_of_two(vocab_size)),
-            num_warps=8,
+            num_warps=_WARPS,
         )
     return ids

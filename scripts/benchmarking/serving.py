@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from collections.abc import Callable
 
+from benchmarking.memory import file_rss_mib, peak_rss_mib
 from benchmarking.workloads import Workload
 
 Serve = Callable[[Workload], tuple[float, int]]
@@ -18,5 +18,5 @@ def serve(run: Serve) -> None:
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         seconds, generated = run(Workload(**json.loads(line)))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"seconds": seconds, "generated": generated, "rss_mib": peak}), flush=True)
+        memory = {"rss_mib": peak_rss_mib(), "file_mib": file_rss_mib()}
+        print(json.dumps({"seconds": seconds, "generated": generated, **memory}), flush=True)

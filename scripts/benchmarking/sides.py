@@ -2,7 +2,8 @@
 
 A side prints `{"ready": true}` once its model is loaded. It then reads one line for each workload,
 `{"prompts": [[...]], "max_new_tokens": [...]}`, generates greedily to exactly these lengths, and answers
-`{"seconds": ..., "generated": ..., "rss_mib": ...}`: the time of the generation alone, and the peak of its memory.
+`{"seconds": ..., "generated": ..., "rss_mib": ...}`: the time of the generation alone, and the peak of its memory; with
+`"file_mib"` the pages of files in it.
 Whatever speaks this protocol can be compared, in whatever language or environment it runs.
 """
 
@@ -31,6 +32,7 @@ class Side:
     ranks: int = 1
     environment: Mapping[str, str] = field(default_factory=dict)
     peak_rss_mib: float = 0.0
+    file_rss_mib: float = 0.0
     _processes: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def start(self, port: int = 29561) -> None:
@@ -62,6 +64,7 @@ class Side:
         if answer["generated"] != work.generated:
             raise SideError(f"{self.name} generated {answer['generated']} tokens instead of {work.generated}")
         self.peak_rss_mib = max(self.peak_rss_mib, float(str(answer.get("rss_mib", 0))))
+        self.file_rss_mib = max(self.file_rss_mib, float(str(answer.get("file_mib", 0))))
         return float(str(answer["seconds"]))
 
     def stop(self) -> None:

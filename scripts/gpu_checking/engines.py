@@ -16,6 +16,7 @@ from gpu_checking.models import free_memory, prefill_flops, read_bytes_per_token
 from gpu_checking.roofline import Roofline
 from gpu_checking.section import Budget, Row
 from inference_shardformer import InferenceConfig, InferenceShardformer, SamplingParams, ShardConfig
+from inference_shardformer.config.resolved import TORCH_DTYPES
 from inference_shardformer.config.sources import ConfigSources
 
 Run = Callable[[Workload], float]
@@ -43,7 +44,7 @@ def greedy_rows(
 ) -> Iterator[Row]:
     """Tokens of ragged prompts, equal to Hugging Face's `generate` one by one."""
     prompts = [prompt[:40] for prompt in ragged(8, vocab_size=model.config.vocab_size).prompts]
-    expected = [_hf_greedy(model, prompt, new_tokens, device) for prompt in prompts]
+    expected = [hf_greedy(model, prompt, new_tokens, device) for prompt in prompts]
     for mode in modes:
         with _Engine(model, mode, device, num_requests=len(prompts)) as engine:
             outputs = engine.generate(prompts, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
@@ -98,6 +99,30 @@ def speed_rows(
         free_memory(device)
 
 
+def rounded_rows(
+    model: LlamaForCausalLM, mode: Mode, device: torch.device, bounds: Roofline, *, sizes: Sizes, rounds: int = 3
+) -> Iterator[Row]:
+    """Decode and prefill by an engine that rounds; where it rounds weights, the model is not itself afterwards."""
+    vocab = model.config.vocab_size
+    works = {
+        "decode, batch 1": single(sizes.decode_prompt, sizes.decode_tokens, vocab_size=vocab),
+        f"prefill {sizes.prefill_prompt}": single(sizes.prefill_prompt, 1, vocab_size=vocab),
+    }
+    flops = prefill_flops(model, sizes.prefill_prompt)
+    with _Engine(model, mode, device, num_requests=16, is_restored="weights" not in mode.settings) as engine:
+        taken = _times(_ours(engine), works, rounds)
+        held = sum(parameter.nbytes for parameter in model.parameters())
+        weights = held - _table_bytes(model)
+        yield Row(f"{mode.name}: served by", f"{_served(engine)}, {held >> 20} MiB of weights")
+    yield from _said(mode.name, taken, works, weights, flops, bounds)
+
+
+def _table_bytes(model: LlamaForCausalLM) -> int:
+    """Of an embedding that is no head, of which a step reads a few rows."""
+    table, head = (module.get_parameter("weight") for module in (model.model.embed_tokens, model.lm_head))
+    return 0 if table is head else table.nbytes
+
+
 def _said(
     side: str, taken: dict[str, float], works: dict[str, Workload], weights: int, flops: int, bounds: Roofline
 ) -> Iterator[Row]:
@@ -127,10 +152,22 @@ def _times(run: Run, works: dict[str, Workload], rounds: int) -> dict[str, float
 
 
 class _Engine:
-    """An engine over a model in memory, which is restored when it is left."""
+    """An engine over a model in memory, which is restored when it is left, where it can be."""
 
-    def __init__(self, model: LlamaForCausalLM, mode: Mode, device: torch.device, *, num_requests: int) -> None:
-        settings = {"scheduler": {"max_num_seqs": num_requests}, "max_model_len": 4096, **mode.settings}
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        mode: Mode,
+        device: torch.device,
+        *,
+        num_requests: int,
+        is_restored: bool = True,
+    ) -> None:
+        self._is_restored = is_restored
+        # A configuration that never was in a file names no type, and "auto" would then compute in fp32.
+        dtype = next(name for name, each in TORCH_DTYPES.items() if each is model.dtype)
+        limits = {"scheduler": {"max_num_seqs": num_requests}, "max_model_len": 4096}
+        settings = {"dtype": dtype, **limits, **mode.settings}
         self._model = model
         self._shardformer = InferenceShardformer(
             ShardConfig(device=device.type),
@@ -143,13 +180,15 @@ class _Engine:
         return self._shardformer.attach(self._model)
 
     def __exit__(self, *exc_info: object) -> None:
-        self._shardformer.unshard(self._model)
+        if self._is_restored:
+            self._shardformer.unshard(self._model)
         self._shardformer.close()
 
 
 def _served(engine) -> str:  # noqa: ANN001 - as above
-    """The backend, and up to which batch size steps are captured."""
-    decided = {name: engine.config[f"inference.{name}"] for name in ("attention.backend", "cache.block_size", "graphs")}
+    """What computes, in which type, and up to which batch size steps are captured."""
+    names = ("dtype", "attention.backend", "cache.block_size", "graphs", "kernels.linear")
+    decided = {name: engine.config[f"inference.{name}"] for name in names}
     return ", ".join(f"{name} {value}" for name, value in decided.items())
 
 
@@ -165,7 +204,8 @@ def _ours(engine) -> Run:  # noqa: ANN001 - as above
     return run
 
 
-def _hf_greedy(model: LlamaForCausalLM, prompt: list[int], new_tokens: int, device: torch.device) -> list[int]:
+def hf_greedy(model: LlamaForCausalLM, prompt: list[int], new_tokens: int, device: torch.device) -> list[int]:
+    """What Hugging Face continues one prompt with, greedily."""
     ids = torch.tensor([prompt], device=device)
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens, pad_token_id=0
@@ -177,7 +217,7 @@ def _hf_generate(model: LlamaForCausalLM, device: torch.device) -> Run:
     def run(work: Workload) -> float:
         start = time.perf_counter()
         for prompt, count in zip(work.prompts, work.max_new_tokens, strict=True):
-            _hf_greedy(model, prompt, count, device)
+            hf_greedy(model, prompt, count, device)
         return time.perf_counter() - start
 
     return run

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 _COMMON = {"max_position_embeddings": 8192, "eos_token_id": None, "bos_token_id": None, "pad_token_id": 0}
 SHAPES: dict[str, dict[str, object]] = {
@@ -48,6 +48,27 @@ def make_model(shape: str, device: torch.device, dtype: torch.dtype) -> LlamaFor
         for name, parameter in model.named_parameters():
             if "norm" not in name:
                 parameter.normal_(0.0, 0.2 if shape == "tiny" else 0.02)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def make_family(name: str, device: torch.device) -> PreTrainedModel:
+    """A tiny model in fp32 beside LLaMA: "mixtral" with six experts, or "longrope"."""
+    torch.manual_seed(0)
+    sizes = {**SHAPES["tiny"], **_COMMON, "max_position_embeddings": 256}
+    rope = {"rope_type": "longrope", "factor": 8.0, "rope_theta": 10000.0, "original_max_position_embeddings": 32}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [1.0 + 0.5 * index for index in range(8)]}
+    experts = {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": None}
+    made: dict[str, Callable[[], PreTrainedModel]] = {
+        "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**sizes, **experts)),
+        "longrope": lambda: LlamaForCausalLM(LlamaConfig(**sizes, rope_scaling=rope)),
+    }
+    with torch.device(device):
+        model = made[name]().eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "norm" not in parameter_name:
+                parameter.normal_(0.0, 0.2)
     model.generation_config.eos_token_id = None
     return model
 

@@ -13,7 +13,7 @@ from ranks import RankResult, run_ranks
 
 from inference_shardformer.distributed import choosing
 from inference_shardformer.distributed.all_reduce import AllReduce, Refusal
-from inference_shardformer.distributed.choosing import choose_all_reduce
+from inference_shardformer.distributed.choosing import Meeting, choose_all_reduce
 from inference_shardformer.distributed.segment import Segment
 from inference_shardformer.distributed.shm import Place, ShmAllReduce, local_problem
 from inference_shardformer.distributed.tensor_parallel import TensorParallelGroup
@@ -156,8 +156,7 @@ class Plain(AllReduce):
 
 
 def choose(gather, requested: str) -> Any:
-    options = {"rank": 0, "device": CPU, "timeout_s": 1.0, "requested": requested, "name": "test"}
-    return choose_all_reduce(Plain(), gather, **options)
+    return choose_all_reduce(Plain(), Meeting(0, CPU, 1.0, gather, "test", "0"), requested)
 
 
 class TestTrouble:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accuracy_gate import NUM_SEQUENCES, NUM_TOKENS, Gate
 from int8_ranks import Scored, score
 from ranks import run_ranks
-from scoring import held_out_sequences, perplexity, relative_error
+from scoring import held_out_sequences
 from transformers import AutoModelForCausalLM
 
 from inference_shardformer import ConfigSources, InferenceConfig, InferenceShardformer, ShardConfig
@@ -19,10 +20,7 @@ from inference_shardformer.errors import BackendUnavailableError
 from inference_shardformer.kernels.cpu.library import native_problem
 
 # The gate. Measured: perplexity x 1.0005, logits off by 0.012 of their spread (bf16 alone: 0.006).
-LARGEST_PERPLEXITY_RATIO = 1.005
-LARGEST_LOGIT_ERROR = 0.02
-LARGEST_BF16_ERROR = 0.01
-NUM_SEQUENCES, NUM_TOKENS = 6, 400
+GATE = Gate(perplexity_ratio=1.005, logit_error=0.02)
 
 needs_native = pytest.mark.skipif(native_problem() is not None, reason="there are no native kernels here")
 
@@ -45,16 +43,6 @@ def expected(folder: Path, sequences: list[list[int]]) -> torch.Tensor:
         return model(torch.tensor(sequences)).logits
 
 
-def check_gate(kept: torch.Tensor, rounded: torch.Tensor, expected: torch.Tensor, sequences: list[list[int]]) -> None:
-    """8-bit weights beside the same engine without them, and beside the unsharded model in fp32."""
-    assert relative_error(kept, expected) <= LARGEST_BF16_ERROR
-    assert relative_error(kept, expected) < relative_error(rounded, expected) <= LARGEST_LOGIT_ERROR
-    best = perplexity(expected, sequences)
-    assert best < 12.0  # a uniform guess is 2048: the model knows the text
-    for logits in (kept, rounded):
-        assert perplexity(logits, sequences) <= LARGEST_PERPLEXITY_RATIO * best
-
-
 def check_rank(kept: Scored, rounded: Scored) -> None:
     """What one rank holds, and that it does the same every time."""
     for each in (kept, rounded):
@@ -67,8 +55,8 @@ def check_rank(kept: Scored, rounded: Scored) -> None:
 
 @needs_native
 def test_one_rank(folder: Path, sequences: list[list[int]], expected: torch.Tensor) -> None:
-    (kept, kept_logits), (rounded, rounded_logits) = (score(folder, sequences, how) for how in (None, "int8"))
-    check_gate(kept_logits, rounded_logits, expected, sequences)
+    (kept, kept_logits), (rounded, rounded_logits) = (score(folder, sequences, how) for how in ("kept", "int8"))
+    GATE.check(kept_logits, rounded_logits, expected, sequences)
     check_rank(kept, rounded)
 
 
@@ -83,8 +71,8 @@ def test_every_rank_rounds_its_own_slice(
         assert rank.returncode == 0, rank.stderr[-4000:]
         check_rank(*(Scored(**line) for line in rank.lines))
         assert [line["tokens"] for line in rank.lines] == [line["tokens"] for line in ranks[0].lines]
-    kept, rounded = (torch.load(tmp_path / f"{how}.pt") for how in (None, "int8"))
-    check_gate(kept, rounded, expected, sequences)
+    kept, rounded = (torch.load(tmp_path / f"{how}.pt") for how in ("kept", "int8"))
+    GATE.check(kept, rounded, expected, sequences)
 
 
 def test_a_kernel_that_keeps_weights_as_they_are_refuses_by_name(folder: Path) -> None:

@@ -9,8 +9,10 @@ import torch
 
 from inference_shardformer.compute import selection
 from inference_shardformer.compute.base import ComputeKind, ComputeSpec
+from inference_shardformer.compute.fused_add_layer import FusedAddLayer
 from inference_shardformer.compute.selection import KernelSurvey, make_kernel_survey, select_kernel
 from inference_shardformer.compute.triton_activation import TritonActivation
+from inference_shardformer.compute.triton_experts import TritonExperts
 from inference_shardformer.compute.triton_norm import TritonNorm
 from inference_shardformer.probing.facts import CpuFacts, DeviceFacts, HostFacts
 from inference_shardformer.probing.requirement import ProbeResult
@@ -47,6 +49,26 @@ def test_auto_takes_them_on_cuda(survey_of):
     assert select_kernel(ComputeKind.ACTIVATION, SPEC, "auto", survey).name == "triton"
     fused = replace(SPEC, fused_activations=frozenset({"silu"}))
     assert select_kernel(ComputeKind.ACTIVATION, fused, "auto", survey).name == "fused"
+
+
+def test_auto_takes_those_of_layers_experts_and_tokens(survey_of):
+    survey = survey_of(A100)
+    llama = replace(SPEC, layer_shape="llama", rotary="halves", chosen={"linear": "torch", "norm": "triton"})
+    assert select_kernel(ComputeKind.ROTARY_WRITE, llama, "auto", survey).name == "triton"
+    assert select_kernel(ComputeKind.SAMPLING, llama, "auto", survey).name == "triton"
+    assert select_kernel(ComputeKind.EXPERTS, llama, "auto", survey).name == "torch"
+    assert select_kernel(ComputeKind.EXPERTS, replace(llama, has_experts=True), "auto", survey).name == "triton"
+    assert select_kernel(ComputeKind.DECODER_LAYER, llama, "auto", survey).name == "modules"
+    assert select_kernel(ComputeKind.DECODER_LAYER, replace(llama, norm_adds=True), "auto", survey).name == "fused_add"
+
+
+def test_why_a_layer_and_experts_are_left_to_their_modules():
+    codes = [reason.code for reason in FusedAddLayer.reasons(SPEC)]
+    assert codes == ["layer_shape", "norm"]
+    assert FusedAddLayer.reasons(replace(SPEC, layer_shape="llama", norm_adds=True)) == []
+    packed = replace(SPEC, chosen={"linear": "fp8"}, has_experts=True)
+    assert [reason.code for reason in TritonExperts.reasons(packed)] == ["linear"]
+    assert [reason.code for reason in TritonExperts.reasons(SPEC)] == ["experts", "linear"]
 
 
 def test_an_old_card_and_a_cpu_are_refused_and_nothing_is_probed_for_them(survey_of):

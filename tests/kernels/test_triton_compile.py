@@ -14,6 +14,8 @@ from ahead_of_time import Resources, compile_for
 
 from inference_shardformer.kernels.triton.activation_kernel import gated_kernel
 from inference_shardformer.kernels.triton.decode_kernel import combine_kernel, decode_kernel
+from inference_shardformer.kernels.triton.experts_kernel import experts_kernel
+from inference_shardformer.kernels.triton.fp8_rows_kernel import fp8_rows_kernel
 from inference_shardformer.kernels.triton.norm_kernel import rms_norm_kernel
 from inference_shardformer.kernels.triton.prefill_kernel import prefill_kernel
 from inference_shardformer.kernels.triton.rotary_kernel import rotary_kernel
@@ -30,11 +32,12 @@ from inference_shardformer.kernels.triton.write_kernel import write_kernel
 # The compiler of torch 2.5 spills a few registers.
 STACK_LIMIT = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 2) else 256
 SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10}
-_LENGTHS = ("tables_ptr", "starts_ptr", "lens_ptr", "top_ks_ptr", "first_seq", "num_seqs", "num_heads")
+_LENGTHS = ("tables_ptr", "starts_ptr", "lens_ptr", "ends_ptr", "first_seq", "num_seqs", "num_heads")
 _FLOATS = ("scale", "softcap", "eps")
-_KINDS = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "temperatures_ptr": "*fp32", "top_ps_ptr": "*fp64"}
+_KINDS = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "temperatures_ptr": "*fp64", "top_ps_ptr": "*fp64"}
 _KINDS |= {"uniforms_ptr": "*fp64", "ids_ptr": "*i64", "slots_ptr": "*i64", "rows_ptr": "*i64", "logits_ptr": "*fp32"}
-_KINDS |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
+_KINDS |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "top_ks_ptr": "*fp64", "weights_ptr": "*i64", "scores_ptr": "*fp32"}
+_KINDS |= {"codes_ptr": "*u8", "scales_ptr": "*fp32"}
 _CACHES = ("k_ptr", "v_ptr", "k_cache_ptr", "v_cache_ptr")
 
 
@@ -78,12 +81,18 @@ def _attention(head_dim: int, *, capability: int, group: int = 4, fp8: int = 0, 
     return kernels
 
 
+def _fp8_rows(size: int, padded: int) -> dict[str, Any]:
+    return {"SIZE": size, "WIDTH": size, "WIDTH_PAD": padded, "SMALLEST": 2.0**-100, "LARGEST": 448.0}
+
+
 def _others() -> dict[str, Kernel]:
     combine = {"HEAD_DIM": 128, "HEAD_PAD": 128, "BLOCK_N": 64, "SPLIT_TOKENS": SPLIT_TOKENS, "MAX_SPLITS": MAX_SPLITS}
     heads = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_TILE": 16, "HEAD_DIM": 128, "HALF": 64, "HALF_PAD": 64}
     write = {"NUM_HEADS": 8, "HEADS_PAD": 8, "HEAD_DIM": 128, "HEAD_PAD": 128, "BLOCK_SIZE": 16}
     norm = {"SIZE": 4096, "SIZE_PAD": 4096, "WEIGHT_OFFSET": 0.0, "ROUNDS_BEFORE_WEIGHT": True, "HAS_RESIDUAL": True}
     rotary = heads | {"REST_PAD": 0, "BLOCK_SIZE": 16, "HAS_ROWS": True}
+    experts = {"NUM_EXPERTS": 8, "EXPERTS_PAD": 8, "OUT_FEATURES": 28672, "IN_FEATURES": 4096}
+    experts |= {"ALIGNED": True, "BLOCK_N": 64, "BLOCK_K": 64}
     return {
         "combine": Kernel(combine_kernel, combine | {"WINDOW": 0, "HAS_SINKS": False}, {"num_warps": 4}),
         "rotary": Kernel(rotary_kernel, rotary | {"FP8": False}, {}),
@@ -93,7 +102,11 @@ def _others() -> dict[str, Kernel]:
         "norm": Kernel(rms_norm_kernel, norm, {"num_warps": 8}),
         "silu": Kernel(gated_kernel, {"SIZE": 14336, "BLOCK": 1024, "IS_GELU": False}, {}),
         "gelu": Kernel(gated_kernel, {"SIZE": 14336, "BLOCK": 1024, "IS_GELU": True}, {}),
-        "sample": Kernel(sample_kernel, {"VOCAB": 128256, "BLOCK": 4096}, {"num_warps": 8}),
+        "experts_decode": Kernel(experts_kernel, experts | {"BLOCK_M": 16}, {"num_warps": 4}),
+        "experts_prefill": Kernel(experts_kernel, experts | {"BLOCK_M": 64}, {"num_warps": 4}),
+        "fp8_rows": Kernel(fp8_rows_kernel, _fp8_rows(4096, 4096), {"num_warps": 8}),
+        "fp8_long_rows": Kernel(fp8_rows_kernel, _fp8_rows(14336, 16384), {"num_warps": 16}),
+        "sample": Kernel(sample_kernel, {"VOCAB": 128256, "BLOCK": 4096}, {"num_warps": 32}),
     }
 
 

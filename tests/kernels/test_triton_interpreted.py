@@ -20,10 +20,17 @@ def interpreter(tmp_path_factory):
         pytest.skip(problem)
 
 
-@pytest.mark.parametrize("name", ["attention", "elementwise", "sampling"])
+@pytest.mark.parametrize("name", ["attention", "elementwise", "engine", "experts", "fp8", "sampling"])
 def test_kernels_are_right_in_the_interpreter(name):
     assert run_interpreted(FOLDER / f"{name}.py") >= 8
 
 
 def test_every_file_is_run():
-    assert {path.stem for path in FOLDER.glob("*.py")} == {"attention", "elementwise", "sampling"}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {
+        "attention",
+        "elementwise",
+        "engine",
+        "experts",
+        "fp8",
+        "sampling",
+    }

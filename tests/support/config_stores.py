@@ -28,6 +28,7 @@ DECIDED = {
     "inference.cache.num_blocks": ("num_blocks", 77),
     "inference.cache.block_size": ("block_size", 32),
     "inference.graphs": ("graphs", 24),
+    "inference.scheduler.overlap": ("overlap", "on"),
 }
 
 

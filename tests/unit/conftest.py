@@ -146,6 +146,7 @@ class Setup:
     tokenizer: ByteTokenizer | None = field(default_factory=ByteTokenizer)
     fail_at: int = -1
     poison: int = -1
+    overlap: str = "off"
 
     def config(self) -> ResolvedConfig:
         inference = InferenceConfig(
@@ -157,7 +158,8 @@ class Setup:
             sampling=SamplingDefaults(**{"max_new_tokens": self.max_new_tokens, **self.sampling}),
             prompt=PromptConfig(template=self.template),
         )
-        return ResolvedConfig(ShardConfig(), inference, 1, "cpu", 1, "fp32", "plain", self.max_model_len, ())
+        decided = (1, "cpu", 1, "fp32", "plain", self.max_model_len, ())
+        return ResolvedConfig(ShardConfig(), inference, *decided, overlap=self.overlap)
 
     def facts(self) -> ModelFacts:
         return ModelFacts(
@@ -214,7 +216,7 @@ class ThreadGroup:
     """The collectives of a group whose ranks are threads of this process."""
 
     def __init__(self, rank: int, size: int, mail: list, barrier: threading.Barrier) -> None:
-        self.rank, self.size, self.device = rank, size, CPU
+        self.rank, self.size, self.device, self.is_closed = rank, size, CPU, False
         self._mail, self._barrier = mail, barrier
 
     def _exchange(self, item: object) -> list:

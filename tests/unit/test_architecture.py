@@ -38,6 +38,7 @@ ALLOWED = {
         "engine",
         "policies",
         "huggingface",
+        "importing",
         "doctor",
         "probing",
         "explaining",

@@ -195,7 +195,7 @@ def test_hasattr_and_copy_do_not_fail(engine):
     [
         ({"beam_width": 4}, "beam_width"),
         ({"pad_input": True}, "pad_input"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
+        ({"kv_cache_dtype": "fp4"}, "kv_cache_dtype"),
         ({"use_spec_dec": True}, "use_spec_dec"),
         ({"max_batchsize": 8}, "did you mean max_batch_size"),
         ({"dtype": "int4"}, "dtype"),

@@ -268,7 +268,7 @@ def test_nothing_outlives_the_engine(tiny: SimpleNamespace, is_closed: bool) -> 
     engine.add_request([1])
     engine.step()
     engine.update_config({SEQS: 5})
-    things = [engine._core, engine._desk, engine.kv_cache, engine._core._runner._model, subscriber]
+    things = [engine._core, engine._access._desk, engine.kv_cache, engine._runner._model, subscriber]
     gone = [weakref.ref(thing) for thing in things]
     config, snapshot = engine.config, engine.config.current
     gc.disable()  # nothing may need the collector

@@ -104,7 +104,7 @@ def test_each_request_sees_one_epoch_while_defaults_change(tiny: SimpleNamespace
 
 def test_update_comes_before_the_next_step_of_a_generation(tiny: SimpleNamespace) -> None:
     engine = tiny.Setup().engine()
-    model = engine._core._runner._model
+    model = engine._runner._model
     epochs: list[int] = []
     in_step = threading.Event()
 
@@ -118,7 +118,7 @@ def test_update_comes_before_the_next_step_of_a_generation(tiny: SimpleNamespace
         in_step.wait(SOON_S)
         engine.update_config({SEQS: 9})
 
-    engine._core._runner._model = slow
+    engine._runner._model = slow
     updater = threading.Thread(target=update)
     updater.start()
     engine.generate([[1]], on_step=lambda stats: epochs.append(stats.config_epoch))

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
 from family_models import family_config, family_model
 from torch import nn
 
+from inference_shardformer.compute.base import ComputeSpec
+from inference_shardformer.compute.experts import ExpertParts, ExpertsKernel, Mix
+from inference_shardformer.compute.linear import LinearShape
+from inference_shardformer.compute.torch_kernels import TorchActivation, TorchLinear, TorchNorm
 from inference_shardformer.errors import UnsupportedModelError
 from inference_shardformer.layers.layer_type_rotary import LayerTypeRotaryEmbedding
+from inference_shardformer.layers.linear import ColumnParallelLinear, GateUpParallelLinear
+from inference_shardformer.layers.norm import RMSNorm
 from inference_shardformer.layers.rotary import RotaryEmbedding
 from inference_shardformer.modeling.nopadding_attention import NoPaddingAttention, NoPaddingRotaryAttention
 from inference_shardformer.modeling.nopadding_layer import NoPaddingPlainLayer
+from inference_shardformer.modeling.nopadding_llama import NoPaddingLlamaMLP
 from inference_shardformer.modeling.nopadding_moe import NoPaddingMoE, NoPaddingMoEWithLogits
 from inference_shardformer.policies.registry import policy_for
 from inference_shardformer.policies.rows import replicate
 from inference_shardformer.sharding.plan import ModulePlan
 
 HEADS, HEAD_DIM, HIDDEN = 2, 8, 16
+KERNEL_SPEC = ComputeSpec(torch.device("cpu"), torch.float32, HIDDEN, 4)
 
 
 class PlainBackend:
@@ -107,6 +115,69 @@ def test_mixture_equals_every_expert_weighted(normalises: bool) -> None:
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(logits, gate(x)[0])
     assert "experts=4, top_k=2" in repr(NoPaddingMoE(**settings))
+
+
+class Counted(ExpertsKernel):
+    """Runs no expert, and says what it was bound to."""
+
+    name: ClassVar[str] = "counted"
+    parts: ExpertParts | None = None
+
+    def bind(self, parts: ExpertParts) -> Mix:
+        self.parts = parts
+        return lambda tokens, weights, chosen: tokens * weights.sum(-1, keepdim=True) + chosen.shape[1]
+
+
+def _expert(*, bias: bool) -> NoPaddingLlamaMLP:
+    kernel = TorchLinear(KERNEL_SPEC)
+    up = GateUpParallelLinear(
+        kernel.weight(LinearShape(HIDDEN, 8, torch.float32)), bias=bias, activation=TorchActivation(KERNEL_SPEC)
+    )
+    down = ColumnParallelLinear(kernel.weight(LinearShape(4, HIDDEN, torch.float32)), bias=False)
+    return NoPaddingLlamaMLP(gate_up_proj=up, down_proj=down, act_fn=nn.SiLU())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@torch.inference_mode()
+def test_a_kernel_runs_the_experts_once_their_weights_are_there(bias: bool) -> None:
+    kernel, experts = Counted(KERNEL_SPEC), {number: _expert(bias=bias and number == 1) for number in range(3)}
+    gate = nn.Linear(HIDDEN, 3, bias=False)
+    group = cast("Any", Sums())
+    module = NoPaddingMoE(gate=gate, experts=experts, top_k=2, normalises=True, group=group, kernel=kernel)
+    assert module._run == module.run_modules
+    module.weights_loaded()
+    assert (module._run == module.run_modules) is bias  # the kernel knows of no biases
+    if bias:
+        assert kernel.parts is None
+        return
+    assert [each.shape.out_features for each in kernel.parts.gate_up] == [8, 8, 8]
+    assert [each.shape.in_features for each in kernel.parts.down] == [4, 4, 4]
+    x = torch.randn(1, 5, HIDDEN)
+    torch.testing.assert_close(module(x), x + 2)
+
+
+@torch.inference_mode()
+def test_the_norm_of_a_sum_is_called_as_a_module_while_it_is_watched() -> None:
+    class Fused(TorchNorm):
+        calls = 0
+
+        def add_rms_norm(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            Fused.calls += 1
+            return super().add_rms_norm(*args, **kwargs)
+
+    norm, seen = RMSNorm(HIDDEN, eps=1e-5, kernel=Fused(KERNEL_SPEC)), []
+    norm.weight = nn.Parameter(torch.randn(HIDDEN))
+    x, residual = torch.randn(1, 3, HIDDEN), torch.randn(1, 3, HIDDEN)
+    plain = norm.of_sum(x, residual)
+    assert Fused.calls == 1
+    handle = norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    watched = norm.of_sum(x, residual)
+    handle.remove()
+    assert Fused.calls == 1
+    assert torch.equal(seen[0], residual + x)
+    for ours, theirs in zip(watched, plain, strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(plain[0], norm(residual + x))
 
 
 def test_plain_layer_hands_keyword_arguments_on() -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+
+from inference_shardformer.compute.fp8_linear import multiplies_on_cpu
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 CPU = torch.device("cpu")
@@ -95,6 +98,71 @@ def test_the_kit_gives_a_row_for_every_backend() -> None:
     assert {"sdpa decode 1 x 32", "sdpa decode 2 x 32", "sdpa prefill 8"} <= set(names)
 
 
+@pytest.mark.parametrize("product", ["right", "wrong"])
+def test_fp8_products_are_compared_with_float64(monkeypatch, product) -> None:
+    from gpu_checking import fp8
+    from gpu_checking.roofline import Roofline
+    from scaled_mm_standin import scaled_mm
+
+    from inference_shardformer.compute import fp8_linear
+
+    def unscaled(a, b, *, scale_a, scale_b, **others):
+        return scaled_mm(a, b, scale_a.mean().expand_as(scale_a).contiguous(), scale_b, **others)
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm if product == "right" else unscaled)
+    monkeypatch.setattr(fp8_linear, "multiplies_on_cpu", lambda: True)
+    rows = list(fp8.product_rows(CPU, Roofline(1e9, 1e9), projections=[(64, 96), (128, 32)], tokens=[2, 5]))
+    assert [row.name for row in rows] == ["2 x 64 -> 96", "5 x 64 -> 96", "2 x 128 -> 32", "5 x 128 -> 32"]
+    assert {row.is_right for row in rows} == {product == "right"}
+    monkeypatch.setattr(fp8_linear, "multiplies_on_cpu", lambda: False)
+    (row,) = fp8.product_rows(CPU, Roofline(1e9, 1e9))
+    assert row.is_right is None
+    assert "refused: linear kernel 'fp8' cannot serve" in row.value
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("kind", ["right", "wrong"])
+def test_fp8_logits_are_compared_with_fp32(monkeypatch, kind) -> None:
+    from gpu_checking import fp8
+
+    if kind == "wrong":
+        monkeypatch.setattr(fp8, "ENGINES", {name: (each, 1e-4) for name, (each, _) in fp8.ENGINES.items()})
+    rows = {row.name: row for row in fp8.logit_rows(CPU, num_sequences=2, num_tokens=48)}
+    judged = [row for row in rows.values() if not row.value.startswith("refused")]
+    assert {row.is_right for row in judged} == {kind == "right"}
+    assert {"bf16", "fp8 keys and values"} <= {row.name for row in judged}
+    assert ("kernels.linear fp8" in rows["fp8 both"].value) == multiplies_on_cpu()
+
+
+def _small_kernels(*_: object) -> object:
+    from gpu_checking.kernels import usual_kernel_spec
+
+    spec = usual_kernel_spec(CPU, torch.float32)
+    return replace(spec, hidden_size=64, intermediate_size=96, head_dim=16)
+
+
+def test_every_kernel_has_a_verdict_and_those_that_can_serve_are_proven() -> None:
+    from gpu_checking.kernels import fused_speed_rows, kernel_rows
+    from gpu_checking.roofline import Roofline
+
+    rows = {row.name: row for row in kernel_rows(_small_kernels())}
+    assert {"rotary_write: triton", "experts: triton", "sampling: triton", "decoder_layer: fused_add"} <= set(rows)
+    assert rows["rotary_write: torch"].is_right is True
+    assert rows["sampling: triton"].is_right is None
+    assert "[device]" in rows["sampling: triton"].value
+    names = [row.name for row in fused_speed_rows(_small_kernels(), Roofline(1e9, 1e9), tokens=(3,), vocab_size=50)]
+    assert "sum and norm, torch, 3 tokens" in names
+    assert any(name.startswith("rotary and write, ") for name in names)
+
+
+def test_two_ranks_on_one_device() -> None:
+    from gpu_checking.ranks import rank_rows
+
+    (row,) = rank_rows(CPU)
+    assert (row.name, row.is_right) == ("one device, gloo", True)
+    assert row.value.startswith("6 of 6 requests equal Hugging Face generate; shard.all_reduce gloo, ")
+
+
 @pytest.mark.filterwarnings("default")  # transformers warns of its own parts
 def test_the_whole_check_on_a_cpu(monkeypatch) -> None:
     import gpu_check
@@ -103,17 +171,33 @@ def test_the_whole_check_on_a_cpu(monkeypatch) -> None:
     from gpu_checking.section import Budget
 
     monkeypatch.setattr(gpu_check, "speed_rows", lambda *_: ())
+    monkeypatch.setattr(gpu_check, "rank_rows", lambda *_: ())
+    monkeypatch.setattr(gpu_check, "usual_kernel_spec", _small_kernels)
+    monkeypatch.setattr(gpu_check, "fused_speed_rows", lambda *_: ())
     monkeypatch.setattr(attention, "CHECKS", ())
     monkeypatch.setattr(gpu_check, "conformance_rows", lambda *_: ())
+    monkeypatch.setattr(gpu_check, "product_rows", lambda *_: ())
+    monkeypatch.setattr(gpu_check, "logit_rows", lambda *_: ())
     sizes = Sizes(decode_prompt=4, decode_tokens=4, prefill_prompt=8, ragged_requests=4)
     modes = (Mode("eager", {"graphs": "none"}),)
     sections = list(gpu_check.check(CPU, Budget(300), shapes=["tiny"], modes=modes, sizes=sizes, dtype=torch.float32))
     found = {section.name: section for section in sections}
     assert [section.name for section in sections if not section.is_right] == []
+    assert [row.name for row in found["greedy tokens of families"].rows] == ["mixtral, eager", "longrope, eager"]
+    assert found["drawn tokens"].rows[0].is_right is True
     (row,) = found["greedy tokens"].rows
     assert row.value.startswith("8 of 8 requests equal Hugging Face generate")
     names = [row.name for row in found["LLaMA tiny"].rows]
     assert {"hf generate: decode, batch 1", "eager: decode, batch 1", "eager: prefill 8", "eager: 4 ragged"} <= set(
         names
     )
+    rounded = {row.name: row.value for row in found["LLaMA tiny in fp8"].rows}
+    assert {"fp8 cache: decode, batch 1", "fp8 cache: prefill 8"} <= set(rounded)
+    if multiplies_on_cpu():
+        assert {"fp8: decode, batch 1", "fp8: prefill 8"} <= set(rounded)
+        assert "dtype bf16" in rounded["fp8: served by"]
+        assert "kernels.linear fp8" in rounded["fp8: served by"]
+    else:
+        assert "on this CPU" in rounded["fp8"]
+    assert "dtype fp32" in next(row.value for row in found["LLaMA tiny"].rows if row.name == "eager: served by")
     assert json.dumps([section.to_json() for section in sections])

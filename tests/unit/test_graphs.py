@@ -20,6 +20,7 @@ from inference_shardformer.errors import BackendUnavailableError, ConfigError
 from inference_shardformer.explaining.offline import explain
 from inference_shardformer.policies.llama import LlamaPolicy
 from inference_shardformer.policies.mixtral import MixtralPolicy
+from inference_shardformer.policies.opt import OPTPolicy
 from inference_shardformer.resolving.graphs import choose_graphs, graph_reasons
 
 
@@ -66,13 +67,13 @@ def attached(capturable):
     """An engine over a tiny model, its model, and how many requests it may run at once."""
     opened = []
 
-    def attach(case: str = "gqa", seqs: int = 8):
+    def attach(case: str = "gqa", seqs: int = 8, overlap: str = "off"):
         model = tiny_model(case)
         settings = {
             "attention": {"backend": capturable},
             "dtype": "fp32",
             "cache": {"block_size": 4, "num_blocks": 200},
-            "scheduler": {"max_num_seqs": seqs},
+            "scheduler": {"max_num_seqs": seqs, "overlap": overlap},
         }
         shardformer = InferenceShardformer(ShardConfig(device="cpu"), InferenceConfig.model_validate(settings))
         opened.append(shardformer)
@@ -91,11 +92,12 @@ def _with_graphs(engine, sizes) -> tuple[DecodeGraphs, Rerun]:
     return graphs, recorder
 
 
-def test_greedy_tokens_equal_hugging_face_at_every_padding(attached) -> None:
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_greedy_tokens_equal_hugging_face_at_every_padding(attached, overlap) -> None:
     prompts = ragged_prompts(7, 160)
     lengths = [3, 9, 14, 5, 11, 1, 8]  # the batch shrinks step by step
     expected = [hf_greedy(tiny_model("gqa"), *request) for request in zip(prompts, lengths, strict=True)]
-    engine = attached()
+    engine = attached(overlap=overlap)
     graphs, recorder = _with_graphs(engine, (1, 2, 4, 8))
     params = [SamplingParams(max_new_tokens=length, ignore_eos=True) for length in lengths]
     outputs = engine.generate(prompts, params)
@@ -190,8 +192,10 @@ CUDA = torch.device("cuda")
         ({}, []),
         ({"device": torch.device("cpu")}, ["no_graphs"]),
         ({"backends": ["capturable", "reference"]}, ["feature_graphs"]),
-        ({"facts": replace(FACTS, length_dependent_rope=True)}, ["host_work"]),
+        ({"facts": replace(FACTS, length_dependent_rope=True)}, []),
         ({"policy": MixtralPolicy()}, ["host_work"]),
+        ({"policy": MixtralPolicy(), "experts": "triton"}, []),
+        ({"policy": OPTPolicy()}, ["host_work"]),
         ({"all_reduce": "gloo"}, ["all_reduce"]),
         ({"all_reduce": "nccl"}, []),
         ({"all_reduce": "shm", "backends": ["sdpa"]}, ["feature_graphs", "all_reduce"]),

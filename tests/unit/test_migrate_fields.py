@@ -214,6 +214,7 @@ SAMPLING = "inference.sampling."
             {"inference.attention.backend": "auto"},
         ),
         ({"enable_tensor_parallelism": False}, "enable_tensor_parallelism", "renamed", {"shard.tp_size": 1}),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype", "renamed", {"inference.cache.dtype": "fp8"}),
         ({"enable_tensor_parallelism": 0}, "enable_tensor_parallelism", "refused", {}),
         ({"tensor_parallel_process_group": 1}, "tensor_parallel_process_group", "changed", {}),
     ],
@@ -227,7 +228,7 @@ def test_fates(migrate, values, name, kind, settings):
 @pytest.mark.parametrize(
     ("name", "value", "word"),
     [
-        ("kv_cache_dtype", "fp8", "fp8 cache"),
+        ("kv_cache_dtype", "fp4", "null or fp8"),
         ("beam_width", 4, "B29"),
         ("beam_width", True, "B29"),
         ("pad_input", True, "packed"),

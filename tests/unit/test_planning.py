@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scaled_mm_standin import scaled_mm
 from tiny_models import save_tiny_model, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,6 +24,8 @@ from inference_shardformer import (
     plan_model,
 )
 from inference_shardformer.cli.main import main
+from inference_shardformer.compute import fp8_linear
+from inference_shardformer.compute.fp8_linear import multiplies_on_cpu
 from inference_shardformer.errors import CheckpointError, TensorParallelSizeError
 from inference_shardformer.kernels.cpu.library import native_problem
 from inference_shardformer.planning.rows import as_ranges, compressed
@@ -68,11 +71,14 @@ def test_nothing_is_joined_and_no_weight_is_read(large):
     assert report.traffic.num_bytes("token") == (1 + 2 * 30) * 4096 * 2
 
 
-@pytest.mark.parametrize(("linear", "quantization"), [("torch", None), ("cpu", None), ("cpu", "int8")])
+@pytest.mark.parametrize(("linear", "quantization"), [("torch", None), ("cpu", None), ("cpu", "int8"), ("fp8", "fp8")])
 @pytest.mark.parametrize("case", ["odd_vocabulary", "odd_vocabulary_tied", "biased"])
-def test_bytes_are_those_of_the_kernel_that_stores_the_weights(tmp_path, case, linear, quantization):
+def test_bytes_are_those_of_the_kernel_that_stores_the_weights(tmp_path, monkeypatch, case, linear, quantization):
     if linear == "cpu" and native_problem() is not None:
         pytest.skip(native_problem()[1])
+    if not multiplies_on_cpu():
+        monkeypatch.setattr(fp8_linear, "multiplies_on_cpu", lambda: True)
+        monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
     save_tiny_model(case, tmp_path)
     config = {"dtype": "bf16", "kernels": {"linear": linear}, "weights": {"quantization": quantization}}
     report = plan(tmp_path, **config)
@@ -82,6 +88,14 @@ def test_bytes_are_those_of_the_kernel_that_stores_the_weights(tmp_path, case, l
         held = {tensor.data_ptr(): tensor.nbytes for tensor in model.parameters()}
         assert (sum(held.values()),) == report.rank_bytes == shardformer.sharded.rank_bytes
     assert sum(size for row in report.rows for size in row.num_bytes) == report.rank_bytes[0]
+
+
+def test_a_cache_in_fp8_takes_half(folder):
+    usual, half = (plan(folder, dtype="bf16", memory=2**24, cache={"dtype": dtype}) for dtype in (None, "fp8"))
+    assert 2 * half.kv_cache.bytes_per_token == usual.kv_cache.bytes_per_token
+    assert half.capacity.num_blocks == half.capacity.cache_bytes // half.kv_cache.bytes_per_block
+    assert half.capacity.num_tokens > 1.9 * usual.capacity.num_tokens
+    assert half.rank_bytes == usual.rank_bytes
 
 
 def test_headers_are_compared(folder, tmp_path):

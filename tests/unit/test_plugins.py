@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import EntryPoints
 from pathlib import Path
 
 import pytest
 
+from inference_shardformer import plugins
 from inference_shardformer.errors import PluginError
 from inference_shardformer.plugins import Registry
 
@@ -154,6 +156,19 @@ class TestEntryPoints:
         registry.register("built_in", "collections:OrderedDict")
         with pytest.raises(PluginError, match="by collections:OrderedDict and by entry point built_in"):
             registry.get("built_in")
+
+    def test_distributions_are_read_once_for_all_registries(self, site, monkeypatch):
+        calls = []
+        monkeypatch.setattr(plugins, "entry_points", lambda: calls.append(1) or EntryPoints())
+        for kind in ("gadget", "widget"):
+            assert Registry(kind, entry_point_group=kind).names() == ()
+        assert calls == [1]
+
+    def test_a_folder_that_joins_the_path_later_is_read(self, registry, site, monkeypatch):
+        assert registry.names() == ()
+        install(site / "late", "acme", "rocket = acme_gadgets:Rocket")
+        monkeypatch.syspath_prepend(str(site / "late"))
+        assert Registry("gadget", entry_point_group=GROUP).names() == ("rocket",)
 
     def test_the_same_entry_listed_twice_is_one(self, registry, site, monkeypatch):
         install(site, "acme", "rocket = acme_gadgets:Rocket")

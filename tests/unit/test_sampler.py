@@ -11,10 +11,13 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from inference_shardformer.config.inference import SamplingDefaults
 from inference_shardformer.distributed.tensor_parallel import TensorParallelGroup
-from inference_shardformer.engine.distribution import draw, probabilities, uniform
+from inference_shardformer.engine import distribution
+from inference_shardformer.engine.distribution import draw, uniform
 from inference_shardformer.engine.request import Request
-from inference_shardformer.engine.sampler import NOT_FINITE, Sampler
+from inference_shardformer.engine.sampler import NOT_FINITE, Greatest, Sampler
 from inference_shardformer.engine.sampling_params import ResolvedSampling, SamplingParams
+from inference_shardformer.kernels.cpu.library import native_problem
+from inference_shardformer.kernels.cpu.search import argmax
 
 VOCAB_SIZE = 53
 SINGLE = TensorParallelGroup.single(torch.device("cpu"))
@@ -28,6 +31,11 @@ def _request(*, num_output_tokens: int = 0, **settings: object) -> Request:
     request = Request("r", [1], _sampling(**settings))
     request.token_ids += [0] * num_output_tokens
     return request
+
+
+def probabilities(logits: torch.Tensor, samplings: list[ResolvedSampling]) -> torch.Tensor:
+    settings = zip(*((each.temperature, each.top_k, each.top_p) for each in samplings), strict=True)
+    return distribution.probabilities(logits, *(list(each) for each in settings))
 
 
 def _logits(num_rows: int, *, seed: int = 0) -> torch.Tensor:
@@ -103,6 +111,11 @@ def test_uniform_numbers_depend_on_seed_and_count() -> None:
     assert abs(sum(numbers) / 2500 - 0.5) < 0.03
 
 
+FINDERS = [pytest.param(None, id="torch")]
+if native_problem() is None:
+    FINDERS.append(pytest.param(argmax, id="cpu"))
+
+
 def test_every_token_of_a_request_is_drawn_anew() -> None:
     logits = torch.zeros(40, VOCAB_SIZE)
     requests = [_request(temperature=1.0, seed=1, num_output_tokens=count) for count in range(40)]
@@ -110,13 +123,15 @@ def test_every_token_of_a_request_is_drawn_anew() -> None:
     assert len(set(chosen)) > 20
 
 
-def test_greedy_is_the_first_of_equals_and_never_padding() -> None:
-    logits = torch.full((2, VOCAB_SIZE + 3), 100.0)
-    logits[:, :VOCAB_SIZE] = _logits(2)
+@pytest.mark.parametrize("greatest", FINDERS)
+def test_greedy_is_the_first_of_equals_and_never_padding(greatest: Greatest | None) -> None:
+    logits = torch.full((4, VOCAB_SIZE + 3), 100.0)
+    logits[:, :VOCAB_SIZE] = _logits(4)
     logits[0, [7, 9, 30]] = 50.0
+    logits[2, 5], logits[3, 6] = torch.nan, torch.inf
     expected = logits[:, :VOCAB_SIZE].argmax(dim=-1).tolist()
-    assert Sampler(SINGLE, (0, VOCAB_SIZE)).sample(logits, [_request(), _request()]) == expected
-    assert expected[0] == 7
+    chosen = Sampler(SINGLE, (0, VOCAB_SIZE), greatest=greatest).sample(logits, [_request()] * 4)
+    assert chosen == [7, expected[1], NOT_FINITE, NOT_FINITE]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -128,6 +143,29 @@ def test_rows_that_are_not_finite_are_marked_alone(value: float, temperature: fl
     assert chosen[1] == NOT_FINITE
     assert chosen[0] != NOT_FINITE
     assert chosen[2] != NOT_FINITE
+
+
+def test_what_draws_is_given_the_rows_that_draw_and_their_settings() -> None:
+    given: list[object] = []
+
+    def draw(logits: torch.Tensor, **settings: object) -> torch.Tensor:
+        given.extend((logits.clone(), settings))
+        return torch.tensor([11, 12])
+
+    first, second = {"temperature": 0.5, "top_k": 3, "seed": 4}, {"temperature": 2.0, "top_p": 0.9, "seed": 5}
+    requests = [_request(**first), _request(), _request(num_output_tokens=7, **second)]
+    logits = _logits(3)
+    sampler = Sampler(SINGLE, (0, VOCAB_SIZE), draw=draw)
+    assert sampler.sample(logits, requests) == [11, int(logits[1].argmax()), 12]
+    assert torch.equal(given[0], logits[[0, 2]])
+    assert given[1] == {
+        "temperatures": [0.5, 2.0],
+        "top_ks": [3, 0],
+        "top_ps": [1.0, 0.9],
+        "uniforms": [uniform(4, 0), uniform(5, 7)],
+    }
+    assert sampler.sample(logits[1:2], [_request()]) == [int(logits[1].argmax())]
+    assert len(given) == 2
 
 
 def test_no_rows_choose_nothing() -> None:

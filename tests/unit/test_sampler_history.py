@@ -90,8 +90,9 @@ def _expected(logits: torch.Tensor, request: Request) -> int:
     scores = _hugging_face(logits, request)
     if request.sampling.is_greedy:
         return int(scores.argmax())
-    probs = probabilities(scores.unsqueeze(0), [request.sampling])
-    return int(draw(probs, [uniform(request.sampling.seed, request.num_output_tokens)]))
+    sampling = request.sampling
+    probs = probabilities(scores.unsqueeze(0), [sampling.temperature], [sampling.top_k], [sampling.top_p])
+    return int(draw(probs, [uniform(sampling.seed, request.num_output_tokens)]))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

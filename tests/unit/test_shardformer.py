@@ -255,3 +255,13 @@ def test_every_rank_may_follow_the_load(checkpoint: Path) -> None:
         shardformer.from_pretrained(checkpoint, progress=lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1]
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_the_type_of_a_model_in_memory_is_that_of_its_weights() -> None:
+    model = tiny_model("gqa")
+    assert model.config.dtype != torch.bfloat16
+    with InferenceShardformer(ShardConfig(device="cpu"), InferenceConfig()) as shardformer:
+        engine = shardformer.attach(shardformer.optimize(model.bfloat16())[0])
+        assert engine.kv_cache.spec.dtype == torch.bfloat16
+        (dtype,) = (each for each in shardformer.explain().decisions if each.path == "inference.dtype")
+    assert (dtype.value, dtype.reason) == ("bf16", "the type of the weights")

@@ -5,13 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import ragged_prompts, tiny_model
-from torch.utils._python_dispatch import TorchDispatchMode
+from waiting import Watch
 
 from inference_shardformer import InferenceConfig, InferenceShardformer, SamplingParams, ShardConfig
-
-# On a device each of these waits until it has computed the answer.
-WAITING = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "is_nonzero", "equal", "repeat_interleave")
-READS = ("tolist", "item", "cpu", "__bool__", "__int__", "__float__", "__index__")
 
 SAMPLING = {
     "greedy": {},
@@ -21,32 +17,6 @@ SAMPLING = {
     "penalty": {"repetition_penalty": 1.3},
     "ngrams": {"no_repeat_ngram_size": 2},
 }
-
-
-class Watch(TorchDispatchMode):
-    """Counts the operators that a device would be waited for, and every read of a tensor."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__()
-        self.found: list[str] = []
-        for name in READS:
-            monkeypatch.setattr(torch.Tensor, name, self._noting(name, getattr(torch.Tensor, name)))
-
-    def _noting(self, name, real):
-        def read(tensor, *args, **kwargs):
-            self.found.append(name)
-            return real(tensor, *args, **kwargs)
-
-        return read
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if any(word in name for word in WAITING):
-            self.found.append(name)
-        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
-        if any(isinstance(each, torch.Tensor) and each.dtype == torch.bool for each in indices):
-            self.found.append(f"{name} by a mask")
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,8 @@ from inference_shardformer.config.inference import InferenceConfig
 from inference_shardformer.config.shard import ShardConfig
 from inference_shardformer.config.sources import ConfigSources
 from inference_shardformer.errors import InferenceShardformerError, PolicyError, StateError
-from inference_shardformer.huggingface import eos_token_ids
+from inference_shardformer.huggingface import model_in_memory
 from inference_shardformer.policies.base import Policy as CorePolicy
-from inference_shardformer.resolving.examination import ModelSource
 from inference_shardformer.shardformer import InferenceShardformer
 from inference_shardformer.sharding.plan import ShardingPlan
 from inference_shardformer.sharding.sharder import ModuleBuilder, ModulePlacer
@@ -147,7 +146,7 @@ class ColossalInferenceShardformer(InferenceShardformer, ShardFormer):
 
     def _run_alone(self, model: PreTrainedModel, policy: Policy) -> SharedParams:
         """Let somebody else's policy shard the model, as ColossalAI's ShardFormer would, on all ranks."""
-        ranks = self._begin("optimize()", lambda: _source(model))
+        ranks = self._begin("optimize()", lambda: model_in_memory(model))
         self._alone, self._state = type(policy).__name__, State.FAILED
         shared = ranks.guard.together("sharding", lambda: self._shard(model, policy))
         self._state = State.SHARDED
@@ -172,10 +171,6 @@ class ColossalInferenceShardformer(InferenceShardformer, ShardFormer):
                 remedy="keep the original model, or shard without modules of your own",
             )
         return super()._held(call, model)
-
-
-def _source(model: PreTrainedModel) -> ModelSource:
-    return ModelSource(model.config, type(model).__name__, eos_token_ids(model, model.config))
 
 
 def _policy_error(policy: object, exc: Exception) -> PolicyError:

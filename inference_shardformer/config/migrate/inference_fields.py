@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from inference_shardformer.config.migrate.fates import ForeignField, carried, dropped, part_of, refused, switch
 from inference_shardformer.config.migrate.sampling import (
+    CACHE_DTYPE,
     DEFAULT_LENGTH,
     DO_SAMPLE,
     INPUT_LENGTH,
     OUTPUT_LENGTH,
     SAMPLING,
     TEMPLATE,
+    convert_cache_dtype,
     convert_do_sample,
     convert_dtype,
     convert_max_input_len,
@@ -53,7 +55,14 @@ INFERENCE_FIELDS = (
         "torch types become their names; the default was fp16, ours is the checkpoint's type",
         convert_dtype,
     ),
-    refused("kv_cache_dtype", None, "the cache holds the compute type; an fp8 cache is not offered"),
+    ForeignField(
+        "kv_cache_dtype",
+        None,
+        "renamed",
+        "`inference.cache.dtype`",
+        CACHE_DTYPE,
+        convert_cache_dtype,
+    ),
     ForeignField(
         "prompt_template",
         None,

@@ -1,4 +1,4 @@
-"""How the fields of ColossalAI that hang on one another come to their fate: lengths, sampling, the compute type."""
+"""How the fields of ColossalAI that hang on one another come to their fate: lengths, sampling, types."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ DEFAULT_LENGTH = 256
 """ColossalAI's default of max_input_len and of max_output_len."""
 
 TEMPLATE = "a known name or a text with {input_text}; put around prompts that are text, as there"
+CACHE_DTYPE = "fp8 is e4m3 here, for keys and values as they are; an attention backend must take them so"
 DTYPES: Mapping[str, str] = {
     "fp16": "fp16",
     "float16": "fp16",
@@ -47,6 +48,15 @@ def convert_dtype(value: object, given: Given) -> Fate:
     if dtype is None:
         return Fate("refused", "must be fp16, bf16 or fp32")
     return Fate("same", "torch types become their names", {"inference.dtype": dtype})
+
+
+def convert_cache_dtype(value: object, given: Given) -> Fate:
+    """fp8 or nothing."""
+    if value is None:
+        return Fate("dropped", "the default: keys and values in the compute type")
+    if value != "fp8":
+        return Fate("refused", "must be null or fp8")
+    return Fate("renamed", CACHE_DTYPE, {"inference.cache.dtype": value})
 
 
 def convert_max_input_len(value: object, given: Given) -> Fate:

@@ -30,6 +30,11 @@ class SimulatedGroup(TensorParallelGroup):
         self._order = order
         self._is_open = True
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed."""
+        return not self._is_open
+
     def all_reduce(self, t: torch.Tensor) -> torch.Tensor:
         """Sum `t` over the ranks, in place; returns `t`."""
 

@@ -87,65 +87,72 @@ ISF_INLINE void transpose_queries(const PagedAttentionArgs& args, const Attentio
   }
 }
 
-// Scores of kLanes rows to weights [element][row]; sees to their limit, total and decay.
+// Scores of kLanes rows from `row` on to weights [element][row]; sees to their limit, total and decay. `scores` and
+// `weights` begin at those rows, and are `stride` rows wide.
 template <class Kind, bool kMasked>
-ISF_INLINE void wide_weights(const Scoring& scoring, const Rows& rows, int row, int tile_first, int count,
+ISF_INLINE void wide_weights(const Scoring& scoring, const Rows& rows, int row, int tile_first, int count, int stride,
                              float* scores, typename Kind::Elem* weights) {
-  const int stride = rows.padded;
   const IntVec first = load_as<IntVec>(rows.first + row) - tile_first;
   const IntVec end = load_as<IntVec>(rows.end + row) - tile_first;
-  Vec most = all(kNoScore);
-  for (int key = 0; key < count; ++key) {
-    Vec score = load(scores + key * stride + row);
-    if (scoring.changes) score = scoring.apply(score);
-    if (kMasked) score = ((first <= key) & (end > key)) ? score : all(-INFINITY);
-    if (kMasked || scoring.changes) store(scores + key * stride + row, score);
-    most = larger(score, most);
+  Vec most[4] = {all(kNoScore), all(kNoScore), all(kNoScore), all(kNoScore)};  // four: none waits for the one before
+  for (int quad = 0; quad < count; quad += 4) {
+    for (int i = 0; i < 4; ++i) {
+      const int key = quad + i;
+      Vec score = load(scores + key * stride);
+      if (scoring.changes) score = scoring.apply(score);
+      if (kMasked) score = ((first <= key) & (end > key)) ? score : all(-INFINITY);
+      if (kMasked || scoring.changes) store(scores + key * stride, score);
+      most[i] = larger(score, most[i]);
+    }
   }
-  const Vec before = load(rows.limit + row), limit = larger(most * scoring.factor, before);
+  const Vec highest = larger(larger(most[0], most[1]), larger(most[2], most[3]));
+  const Vec before = load(rows.limit + row), limit = larger(highest * scoring.factor, before);
   const Vec decay = exp2<true>(before - limit);
   Vec added = {};
   for (int key = 0; key < count; key += 2) {
-    const Vec even = exp2<Kind::kPrecise>(load(scores + key * stride + row) * scoring.factor - limit);
-    const Vec odd = exp2<Kind::kPrecise>(load(scores + (key + 1) * stride + row) * scoring.factor - limit);
+    const Vec even = exp2<Kind::kPrecise, !kMasked>(load(scores + key * stride) * scoring.factor - limit);
+    const Vec odd = exp2<Kind::kPrecise, !kMasked>(load(scores + (key + 1) * stride) * scoring.factor - limit);
     added += even + odd;
-    Kind::store_rows(weights + row, key, stride, even, odd);
+    Kind::store_rows(weights, key, stride, even, odd);
   }
   store(rows.limit + row, limit);
   store(rows.decay + row, decay);
   store(rows.total + row, load(rows.total + row) * decay + added);
 }
 
+// The same for `width` rows.
 template <class Kind>
-ISF_INLINE void wide_softmax(const Scoring& scoring, const Rows& rows, bool is_masked, int tile_first, int count,
-                             float* scores, typename Kind::Elem* weights) {
-  for (int row = 0; row < rows.padded; row += kLanes) {
+ISF_INLINE void wide_softmax(const Scoring& scoring, const Rows& rows, int first_row, int width, bool is_masked,
+                             int tile_first, int count, float* scores, typename Kind::Elem* weights) {
+  for (int i = 0; i < width; i += kLanes) {
     if (is_masked) {
-      wide_weights<Kind, true>(scoring, rows, row, tile_first, count, scores, weights);
+      wide_weights<Kind, true>(scoring, rows, first_row + i, tile_first, count, width, scores + i, weights + i);
     } else {
-      wide_weights<Kind, false>(scoring, rows, row, tile_first, count, scores, weights);
+      wide_weights<Kind, false>(scoring, rows, first_row + i, tile_first, count, width, scores + i, weights + i);
     }
   }
 }
 
-// Limits, totals and [dimension][row] to a result; `room` holds the rows in between.
-ISF_INLINE void keep_result(const Rows& rows, int dim, int padded, const float* output, float* room, float* result) {
+// Limits, totals and output to a result; `room` holds the rows in between. Output is [dimension][row] for `width` rows
+// at a time.
+ISF_INLINE void keep_result(const Rows& rows, int width, int dim, int padded, const float* output, float* room,
+                            float* result) {
   std::copy(rows.limit, rows.limit + rows.count, result);
   std::copy(rows.total, rows.total + rows.count, result + rows.count);
   float* values = result + 2 * rows.count;
   for (int row = 0; row < rows.count; row += kLanes) {
-    for (int d = 0; d < padded; d += kLanes) {
-      transpose_block(output + d * rows.padded + row, rows.padded, room + d, padded);
-    }
+    const float* own_output = output + row / width * width * padded + row % width;
+    for (int d = 0; d < padded; d += kLanes) transpose_block(own_output + d * width, width, room + d, padded);
     const int own = std::min(kLanes, rows.count - row);
     for (int i = 0; i < own; ++i) std::memcpy(values + (row + i) * dim, room + i * padded, dim * sizeof(float));
   }
 }
 
-// Whether some row does not see some key of the tile.
-ISF_INLINE bool is_masked(const Rows& rows, const AttentionItem& item, int first, int count) {
-  return first < item.first_key || first + count > item.end_key || first + count > rows.end[0] ||
-         first < rows.first[rows.count - 1];
+// Whether one of the rows [first_row, end_row) does not see one of the keys [first, first + count).
+ISF_INLINE bool is_masked(const Rows& rows, int first_row, int end_row, const AttentionItem& item, int first,
+                          int count) {
+  return first < item.first_key || first + count > item.end_key || first + count > rows.end[first_row] ||
+         first < rows.first[end_row - 1];
 }
 
 template <class Kind>
@@ -166,11 +173,11 @@ void wide_partial(const PagedAttentionArgs& args, const AttentionItem& item,
   for (TileWalk<typename Kind::T> walk(args, item, following, Kind::kWideKeys); walk.step();) {
     fetch(walk.at(), walk.ahead(), dim, memory, tile);
     multiply<Kind, false>(tile.keys, tile.count, queries, padded / Kind::kDepth, rows.decay, rows.padded, scores);
-    wide_softmax<Kind>(scoring, rows, is_masked(rows, item, tile.first, tile.count), tile.first, tile.count,
-                       scores, weights);
+    const bool some_are_hidden = is_masked(rows, 0, rows.count, item, tile.first, tile.count);
+    wide_softmax<Kind>(scoring, rows, 0, rows.padded, some_are_hidden, tile.first, tile.count, scores, weights);
     multiply<Kind, true>(tile.values, padded, weights, tile.count / Kind::kDepth, rows.decay, rows.padded, output);
   }
-  keep_result(rows, dim, padded, output, scores, result);
+  keep_result(rows, rows.padded, dim, padded, output, scores, result);
 }
 
 }  // namespace

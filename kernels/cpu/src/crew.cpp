@@ -9,7 +9,8 @@ constexpr uint64_t kPartMask = 0xffffffffu;
 
 }  // namespace
 
-void Crew::work() {
+void Crew::work(int thread) {
+  int64_t last = -1;
   for (;;) {
     uint64_t ticket = ticket_.load(std::memory_order_acquire);
     int64_t operation = static_cast<int64_t>(ticket >> 32);
@@ -21,7 +22,9 @@ void Crew::work() {
       if (operation >= work_.num_operations) return;
       parts = static_cast<uint64_t>(work_.num_parts(work_.context, operation));
       if ((ticket & kPartMask) < parts) {
-        work_.run(work_.context, operation, static_cast<int>(ticket & kPartMask), static_cast<int>(parts));
+        const int part = static_cast<int>(ticket & kPartMask), num_parts = static_cast<int>(parts);
+        work_.run(work_.context, CrewPart{operation, part, num_parts, thread, operation == last});
+        last = operation;
         if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == parts) advance(operation);
         continue;
       }

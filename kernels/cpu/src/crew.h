@@ -11,11 +11,18 @@
 
 namespace isf {
 
+// One part of an operation, and who does it: a thread by its number, which may have done another part of it before.
+struct CrewPart {
+  int64_t operation;
+  int part, num_parts, thread;
+  bool is_again;
+};
+
 // What a crew works off. `run` must not wait for other parts of the same operation.
 struct CrewWork {
   int64_t num_operations;
   int (*num_parts)(const void* context, int64_t operation);
-  void (*run)(const void* context, int64_t operation, int part, int num_parts);
+  void (*run)(const void* context, const CrewPart& part);
   const void* context;
 };
 
@@ -38,8 +45,8 @@ class Crew {
  public:
   explicit Crew(const CrewWork& work) : work_(work) {}
 
-  // Called by every thread of a team; returns when all operations are done.
-  void work();
+  // Called by every thread of a team with its number; returns when all operations are done.
+  void work(int thread);
 
  private:
   void wait_past(int64_t operation);

@@ -65,10 +65,10 @@ struct Layer {
     return is_cut(operation, threads) ? kSharesPerThread * threads : 1;
   }
 
-  Team team_of(int operation, int part, int num_parts, int threads) const {
-    if (!is_cut(operation, threads)) return Team(part, num_parts, nullptr);
-    const Share share = share_of(part, threads);
-    return Team(share.rank, share.span, share.size, nullptr);
+  Team team_of(int operation, const CrewPart& part, int threads) const {
+    if (!is_cut(operation, threads)) return Team(part.part, part.num_parts, nullptr);
+    const Share share = share_of(part.part, threads);
+    return Team(share.rank, share.span, share.size, part.thread, part.is_again);
   }
 
  private:
@@ -168,18 +168,19 @@ int crew_parts(const void* context, int64_t operation) {
   return layer.num_parts(static_cast<int>(operation % kOperations), own.threads);
 }
 
-void run_crew_part(const void* context, int64_t operation, int part, int num_parts) {
+void run_crew_part(const void* context, const CrewPart& part) {
   const CrewContext& own = *static_cast<const CrewContext*>(context);
-  const Layer layer = layer_at(own.args, operation / kOperations);
-  const int kind = static_cast<int>(operation % kOperations);
-  Team one_of = layer.team_of(kind, part, num_parts, own.threads);
+  const Layer layer = layer_at(own.args, part.operation / kOperations);
+  const int kind = static_cast<int>(part.operation % kOperations);
+  Team one_of = layer.team_of(kind, part, own.threads);
   if (layer.is_there(kind)) layer.run(kind, one_of);
 }
 
 void run_as_crew(const DecoderLayersArgs& args, int threads) {
   const CrewContext context{args, threads};
   Crew crew(CrewWork{args.num_layers * kOperations, crew_parts, run_crew_part, &context});
-  run_team(threads, [](Team&, const void* own) { static_cast<Crew*>(const_cast<void*>(own))->work(); }, &crew);
+  const auto work = [](Team& team, const void* own) { static_cast<Crew*>(const_cast<void*>(own))->work(team.rank); };
+  run_team(threads, work, &crew);
 }
 
 }  // namespace

@@ -60,14 +60,15 @@ void run_as_crew(const LinearArgs& args, int threads) {
   } shared{args, threads};
   Crew crew(CrewWork{
       1, [](const void* own, int64_t) { return kSharesPerThread * static_cast<const Shared*>(own)->threads; },
-      [](const void* own, int64_t, int part, int) {
+      [](const void* own, const CrewPart& part) {
         const Shared& all = *static_cast<const Shared*>(own);
-        const Share share = share_of(part, all.threads);
-        Team one_of(share.rank, share.span, share.size, nullptr);
+        const Share share = share_of(part.part, all.threads);
+        Team one_of(share.rank, share.span, share.size, part.thread, part.is_again);
         linear_body(all.args, one_of);
       },
       &shared});
-  run_team(threads, [](Team&, const void* own) { static_cast<Crew*>(const_cast<void*>(own))->work(); }, &crew);
+  const auto work = [](Team& team, const void* own) { static_cast<Crew*>(const_cast<void*>(own))->work(team.rank); };
+  run_team(threads, work, &crew);
 }
 
 }  // namespace

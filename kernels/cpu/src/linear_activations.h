@@ -37,11 +37,11 @@ ISF_INLINE Activations activations_at(const LinearArgs& args, const Team& team) 
   const bool is_blocked = args.m > kFewRows;
   const int64_t row_bytes = depth * (is_blocked ? 32 : 4), data_bytes = rows * depth * 4;
   const int64_t copy_bytes = data_bytes + rows * 64 + round_up(rows * num_groups(args) * 8, 64);
-  char* base = static_cast<char*>(args.workspace) + team.rank * row_bytes;
+  char* base = static_cast<char*>(args.workspace) + team.thread * row_bytes;
   Activations out;
   out.row = base;
   base = static_cast<char*>(args.workspace) + team.size * row_bytes;
-  if (args.m <= kPrivateRows) base += team.rank * copy_bytes;
+  if (args.m <= kPrivateRows) base += team.thread * copy_bytes;
   out.data = base;
   out.row_scales = reinterpret_cast<float*>(base + data_bytes);
   out.row_sums = reinterpret_cast<int32_t*>(base + data_bytes + rows * 64);
@@ -107,11 +107,12 @@ const To* load_row(const LinearArgs& args, int64_t i, int64_t padded, void* buff
   }
 }
 
-// Calls `pack(row)` for the rows that this thread packs, then waits if other threads read them.
+// Calls `pack(row)` for the rows that this thread packs and did not pack before, then waits if other threads read them.
 template <class Pack>
 ISF_INLINE void pack_rows(const LinearArgs& args, Team& team, Pack pack) {
   int64_t first = 0, last = args.m;
   const bool is_shared = args.m > kPrivateRows;
+  if (team.is_again && !is_shared) return;
   if (is_shared) team.part(args.m, 1, &first, &last);
   for (int64_t i = first; i < last; ++i) pack(i);
   if (is_shared) team.barrier();

@@ -23,7 +23,10 @@ class Team {
  public:
   ISF_MEMBER Team(int rank, int size, TeamState* state) : Team(rank, 1, size, state) {}
   // One that does the shares of `span` threads, `rank` and those behind it.
-  ISF_MEMBER Team(int rank, int span, int size, TeamState* state) : rank(rank), size(size), span_(span), state_(state) {}
+  ISF_MEMBER Team(int rank, int span, int size, TeamState* state) : Team(rank, span, size, state, rank, false) {}
+  // One thread of a crew, by its number; it may do several shares of an operation, one after the other.
+  ISF_MEMBER Team(int rank, int span, int size, int thread, bool is_again)
+      : Team(rank, span, size, nullptr, thread, is_again) {}
 
   // Waits for all threads; spins briefly, then sleeps, so that a busy machine gets its core back.
   void barrier();
@@ -38,8 +41,13 @@ class Team {
 
   const int rank;
   const int size;
+  const int thread;     // whose private memory is used
+  const bool is_again;  // whether what this thread prepared for the operation is there already
 
  private:
+  ISF_MEMBER Team(int rank, int span, int size, TeamState* state, int thread, bool is_again)
+      : rank(rank), size(size), thread(thread), is_again(is_again), span_(span), state_(state) {}
+
   const int span_;
   TeamState* state_;
 };

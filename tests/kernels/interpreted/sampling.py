@@ -5,8 +5,6 @@ Not collected by its name: `test_triton_interpreted.py` runs it in a process of 
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -43,9 +41,9 @@ def test_rows_of_all_settings(vocab_size):
     ids = sample(logits, **given)
     assert ids.dtype == torch.int64
     assert torch.equal(ids, reference_sampling.sample(logits, **given))
-    samplings = [SimpleNamespace(temperature=t, top_k=k, top_p=p) for t, k, p in SETTINGS]
-    probs = distribution.probabilities(logits, samplings)
-    assert torch.equal(ids, distribution.draw(probs, uniforms.tolist()))
+    names = ("temperatures", "top_ks", "top_ps")
+    settings = dict(zip(names, (list(each) for each in zip(*SETTINGS, strict=True)), strict=True))
+    assert torch.equal(ids, distribution.drawn(logits, **settings, uniforms=uniforms.tolist()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -1,0 +1,90 @@
+"""EngineAccess: the way to an engine's desk, one call at a time and only while the engine is ready."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from inference_shardformer.engine.calls import Call
+from inference_shardformer.engine.desk import RequestDesk
+from inference_shardformer.engine.fair_lock import FairLock
+from inference_shardformer.engine.live_updates import LiveUpdates
+from inference_shardformer.engine.outputs import StepStats
+from inference_shardformer.errors import EnvironmentMismatchError, RankFailure, StateError
+
+
+class EngineAccess:
+    """Says which calls are legal, runs steps, and ends the engine when its ranks fail.
+
+    Whoever reads or changes anything holds `lock`, which serves in order of arrival; the methods that take it say so.
+    """
+
+    def __init__(self, desk: RequestDesk, updates: LiveUpdates) -> None:
+        self.lock = FairLock()
+        self._desk: RequestDesk | None = desk
+        self._updates = updates
+        self._state: Literal["ready", "failed", "closed"] = "ready"
+
+    def desk(self, name: str) -> RequestDesk:
+        """The desk, for the call of this name. Raises `StateError` where that is illegal."""
+        if self._desk is None or self._state != "ready":
+            raise self.illegal(name)
+        return self._desk
+
+    def illegal(self, name: str) -> StateError:
+        """What a call gets that is illegal now."""
+        legal = "close()" if self._state == "failed" else "close(), which does nothing more"
+        return StateError(
+            f"{name} on an engine that is {self._state}", remedy=f"legal calls: {legal}; attach the model again"
+        )
+
+    def refuse_in_callback(self, name: str) -> None:
+        """Raise `StateError` while the subscribers of an update are being asked."""
+        if self._updates.is_asking:
+            raise StateError(
+                f"{name} by a callback of a running update",
+                remedy="legal calls in a callback: reading, subscribe(), update_config() (its turn comes afterwards)",
+            )
+
+    def step(self, name: str) -> StepStats:
+        """Run one step for the call of this name. What reaches all ranks ends the engine."""
+        self.refuse_in_callback(name)
+        with self.ending():
+            return self.desk(name).step()
+
+    def step_for(self, call: Call, name: str) -> StepStats | None:
+        """Take the lock and run a step; None if another thread has just finished the call's requests."""
+        with self.lock:
+            return self.step(name) if call.is_open else None
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """End the engine if its ranks fail, or turn out to differ."""
+        try:
+            yield
+        except (RankFailure, EnvironmentMismatchError):
+            self._state = "failed"
+            raise
+
+    @contextmanager
+    def dropping(self, call: Call) -> Iterator[None]:
+        """Drop the call's requests if it does not come to its end; takes the lock for that."""
+        try:
+            yield
+        except GeneratorExit:
+            self._leave(call, is_agreed=False)
+            raise
+        except BaseException:
+            self._leave(call, is_agreed=True)
+            raise
+
+    def close(self) -> None:
+        """No call is legal from now on."""
+        self._state = "closed"
+        self._desk = None
+
+    def _leave(self, call: Call, *, is_agreed: bool) -> None:
+        with self.lock:
+            if self._desk is not None:
+                self._desk.leave(call, is_agreed=is_agreed)

@@ -1,0 +1,64 @@
+"""StepRunner: a scheduled step on the device, from its batch to its sampled tokens, and host work meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from inference_shardformer.config.inference import SchedulerConfig
+from inference_shardformer.engine.ahead import Ahead
+from inference_shardformer.engine.batch import BatchBuilder
+from inference_shardformer.engine.model_runner import ModelRunner
+from inference_shardformer.engine.request import Request
+from inference_shardformer.engine.sampler import Sampler
+from inference_shardformer.engine.scheduler import Scheduler, SchedulerOutput
+from inference_shardformer.engine.staging import OnItsWay, on_device
+
+
+class Sampled(NamedTuple):
+    """The requests that were sampled in a step, and the token or the code of each."""
+
+    requests: list[Request]
+    token_ids: list[int]
+
+
+class StepRunner:
+    """Builds, runs and samples. With `overlap` the next step is prepared while the device is at this one."""
+
+    def __init__(
+        self,
+        *,
+        runner: ModelRunner,
+        sampler: Sampler,
+        scheduler: Scheduler,
+        build: BatchBuilder,
+        device: torch.device,
+        overlap: bool,
+        is_given_up: Callable[[], bool],
+    ) -> None:
+        """`is_given_up` says that the ranks have failed, and the device need not be waited for."""
+        self._runner = runner
+        self._sampler = sampler
+        self._build = build
+        self._device = device
+        self._is_given_up = is_given_up
+        self.ahead = Ahead(scheduler, build) if overlap else None
+
+    def run(self, output: SchedulerOutput, limits: SchedulerConfig, meanwhile: Callable[[], None]) -> Sampled:
+        """Run one step; `meanwhile` is called once the device has been given all its work, before it is waited for."""
+        with on_device(self._device):
+            return self._run(output, limits, meanwhile)
+
+    def _run(self, output: SchedulerOutput, limits: SchedulerConfig, meanwhile: Callable[[], None]) -> Sampled:
+        batch = (self.ahead and self.ahead.take(output)) or self._build(output)
+        logits = self._runner.run(batch)
+        token_ids = self._sampler.sample_on_device(logits, batch.requests_to_sample)
+        on_its_way = OnItsWay(token_ids, self._is_given_up)
+        for request, num_new_tokens in output.scheduled:
+            request.num_computed_tokens += num_new_tokens
+        if self.ahead is not None:
+            self.ahead.prepare(batch, token_ids, limits)
+        meanwhile()
+        return Sampled(batch.requests_to_sample, on_its_way.wait())
