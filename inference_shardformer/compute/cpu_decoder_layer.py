@@ -31,6 +31,7 @@ from inference_shardformer.kernels.cpu.decoder_layer import (
 )
 from inference_shardformer.kernels.cpu.library import native
 from inference_shardformer.kernels.cpu.linear_arguments import LinearArgs
+from inference_shardformer.kv_cache.cache import PagedKVCache
 
 _EPILOGUES = {"silu": 1, "gelu_tanh": 2}
 _NEEDED = {"attention": ("cpu",), "linear": ("cpu",), "activation": ("fused",), "all_reduce": ("none", "shm")}
@@ -126,6 +127,7 @@ class _BoundLayer:
         sums = parts.group.shared_sums
         if sums is not None:
             self.arguments.group = ctypes.addressof(sums.group)
+        self._cache: Callable[[], PagedKVCache | None] = _nothing
         self._chain = chain
         self._alone = _Run([self])
 
@@ -142,6 +144,13 @@ class _BoundLayer:
         out = run(hidden_states.contiguous(), step, attn_metadata)
         self._chain.passed(out, run)
         return out
+
+    def point_to(self, cache: PagedKVCache) -> None:
+        """Keep keys and values in this cache, whose tensors stay where they are."""
+        if self._cache() is not cache:
+            keys, values = cache.layer(self.parts.layer_idx)
+            self.arguments.k_cache, self.arguments.v_cache = keys.data_ptr(), values.data_ptr()
+            self._cache = ref(cache)
 
 
 class _Run:
@@ -164,8 +173,7 @@ class _Run:
 
     def __call__(self, hidden_states: torch.Tensor, step: _Step, meta: AttentionMetadata) -> torch.Tensor:
         for layer in self.layers:
-            keys, values = meta.kv_cache.layer(layer.parts.layer_idx)
-            layer.arguments.k_cache, layer.arguments.v_cache = keys.data_ptr(), values.data_ptr()
+            layer.point_to(meta.kv_cache)
         out = torch.empty_like(hidden_states)
         step.arguments.hidden, step.arguments.out = hidden_states.data_ptr(), out.data_ptr()
         if self._sums is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from inference_shardformer.attention.switch import BackendSwitch
+from inference_shardformer.compute.sampling import Draw, Greatest
 from inference_shardformer.config.model import ModelFacts
 from inference_shardformer.config.resolved import ResolvedConfig
 from inference_shardformer.config.store import ConfigStore
@@ -18,7 +19,7 @@ from inference_shardformer.engine.events import EventExchange
 from inference_shardformer.engine.intake import Intake
 from inference_shardformer.engine.live_updates import LiveUpdates
 from inference_shardformer.engine.model_runner import ModelRunner
-from inference_shardformer.engine.sampler import Draw, Greatest, Sampler, TensorGroup
+from inference_shardformer.engine.sampler import Sampler, TensorGroup
 from inference_shardformer.engine.scheduler import Scheduler
 from inference_shardformer.engine.step_runner import StepRunner
 from inference_shardformer.engine.weight_stream import WeightGroup, WeightWriter

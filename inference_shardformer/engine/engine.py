@@ -8,6 +8,7 @@ from typing import Literal
 from weakref import WeakMethod
 
 from inference_shardformer.attention.switch import BackendSwitch
+from inference_shardformer.compute.sampling import Draw, Greatest
 from inference_shardformer.config.model import ModelFacts
 from inference_shardformer.config.resolved import ResolvedConfig
 from inference_shardformer.engine.access import EngineAccess
@@ -22,7 +23,6 @@ from inference_shardformer.engine.live_config import LiveConfig
 from inference_shardformer.engine.live_updates import ConfigUpdate
 from inference_shardformer.engine.model_runner import AttentionPlanner, CausalModel, ModelRunner
 from inference_shardformer.engine.outputs import RequestOutput, StepStats, StreamChunk
-from inference_shardformer.engine.sampler import Draw, Greatest
 from inference_shardformer.engine.sampling_params import SamplingParams
 from inference_shardformer.engine.weight_stream import WeightWriter
 from inference_shardformer.engine.weight_updates import Weights

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
+from inference_shardformer.compute.sampling import Draw, Greatest
 from inference_shardformer.engine.distribution import drawn, uniform
 from inference_shardformer.engine.history import look_back
 from inference_shardformer.engine.request import Request
@@ -28,25 +30,6 @@ class TensorGroup(Protocol):
 
     def broadcast(self, t: torch.Tensor, *, src: int = 0) -> torch.Tensor:
         """Rank `src`'s `t`, on every rank."""
-
-
-Greatest = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""The greatest value of each row of `[num_rows, size]` and its index, the first among equals; NaN is greatest."""
-
-
-class Draw(Protocol):
-    """Draws one token for each row; the settings lie on the host. Must not wait for the device."""
-
-    def __call__(
-        self,
-        logits: torch.Tensor,
-        *,
-        temperatures: Sequence[float],
-        top_ks: Sequence[int],
-        top_ps: Sequence[float],
-        uniforms: Sequence[float],
-    ) -> torch.Tensor:
-        """Token ids, int64 `[num_rows]`, of `logits` `[num_rows, vocab_size]`."""
 
 
 class Sampler:
@@ -98,8 +81,7 @@ class Sampler:
         """The likeliest token of each row, the lowest id among equals; int64 `[num_rows]`."""
         columns = logits[:, : self._end - self._start]
         if self._group.size == 1:
-            value, best = self._greatest(columns)
-            return best.masked_fill_(~value.isfinite(), NOT_FINITE)
+            return _finite(*self._greatest(columns))
         return self._argmax_over_ranks(columns)
 
     def _argmax_over_ranks(self, columns: torch.Tensor) -> torch.Tensor:
@@ -162,3 +144,13 @@ def _greatest(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """On a CPU through numpy, which is a dozen times faster at this than torch."""
     best = torch.from_numpy(rows.numpy().argmax(axis=-1)) if rows.device.type == "cpu" else rows.argmax(dim=-1)
     return rows.gather(-1, best.unsqueeze(-1)).squeeze(-1), best
+
+
+def _finite(value: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The indices, `NOT_FINITE` where the value is not. A CPU has no need of three operations for a few numbers."""
+    if value.device.type != "cpu":
+        return index.masked_fill_(~value.isfinite(), NOT_FINITE)
+    for row, each in enumerate(value.tolist()):
+        if not math.isfinite(each):
+            index[row] = NOT_FINITE
+    return index

@@ -69,7 +69,9 @@ class PackedForward:
             hidden_states = out[0] if isinstance(out, tuple) else out  # transformers 4 expects tuples
             if layer.were_all_run(hidden_states):
                 break
-        return PackedOutput(model.lm_head(decoder.norm(hidden_states[:, logits_to_keep])))
+        if len(logits_to_keep) != hidden_states.shape[1]:  # else they are all, in their order
+            hidden_states = hidden_states[:, logits_to_keep]
+        return PackedOutput(model.lm_head(decoder.norm(hidden_states)))
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -222,3 +222,8 @@ def test_write_kv_equals_its_twin(dtype, heads_first):
         assert torch.equal(cache.view(torch.int16), right.view(torch.int16)) or torch.allclose(
             cache, right, rtol=0, atol=0, equal_nan=True
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_scores_far_apart(dtype):
+    require_close(make_problem(BATCHES["ragged"] + BATCHES["long"], dtype), scale=8.0)

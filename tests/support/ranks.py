@@ -26,6 +26,7 @@ class RankResult:
     @property
     def said(self) -> Any:
         """The last line."""
+        assert self.lines, f"a rank ended with {self.returncode} and said nothing: {self.stderr[-4000:]}"
         return self.lines[-1]
 
 
@@ -57,6 +58,7 @@ def _start(program: str, arguments: tuple[str, ...], rank: int, nproc: int, port
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",
     }
     return subprocess.Popen(
         [sys.executable, str(SUPPORT / program), *arguments],

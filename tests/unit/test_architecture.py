@@ -29,7 +29,7 @@ ALLOWED = {
     "modeling": {"compute", "layers", "attention", "distributed", "kv_cache", "errors"},
     "policies": BASE | {"modeling", "layers", "sharding", "plugins", "attention", "compute", "distributed"},
     "conformance": {"attention", "kv_cache", "errors"},
-    "engine": BASE | {"attention", "kv_cache", "distributed"},
+    "engine": BASE | {"attention", "compute", "kv_cache", "distributed"},  # of compute, what chooses tokens
     # The command line speaks through public names; beside them it reads a model's facts and starts ranks.
     "cli": BASE
     | {

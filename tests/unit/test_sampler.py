@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from inference_shardformer.compute.sampling import Greatest
 from inference_shardformer.config.inference import SamplingDefaults
 from inference_shardformer.distributed.tensor_parallel import TensorParallelGroup
 from inference_shardformer.engine import distribution
 from inference_shardformer.engine.distribution import draw, uniform
 from inference_shardformer.engine.request import Request
-from inference_shardformer.engine.sampler import NOT_FINITE, Greatest, Sampler
+from inference_shardformer.engine.sampler import NOT_FINITE, Sampler
 from inference_shardformer.engine.sampling_params import ResolvedSampling, SamplingParams
 from inference_shardformer.kernels.cpu.library import native_problem
 from inference_shardformer.kernels.cpu.search import argmax

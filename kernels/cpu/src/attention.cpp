@@ -20,19 +20,14 @@ bool is_last_to_arrive(const AttentionItem& item, int32_t* arrived) {
   return true;
 }
 
-void run_item(const PagedAttentionArgs& args, const AttentionItem& item, const AttentionItem* following,
-              int32_t* arrived, char* scratch) {
+void run_items(const PagedAttentionArgs& args, const ItemRun& run, const ItemRun& following, int32_t* arrived,
+              char* scratch) {
   const AttentionKernels& kernels = attention_kernels();
-  const int64_t size = result_floats(item.rows(), args.head_dim);
-  if (item.num_splits == 1) {
-    float* result = reinterpret_cast<float*>(scratch + ThreadScratch(args.head_dim).result);
-    kernels.partial[args.dtype](args, item, following, scratch, result);
-    kernels.finish[args.dtype](args, item, result);
-    return;
+  kernels.run[args.dtype](args, run, following, scratch);
+  for (const AttentionItem* item = run.items; item < run.items + run.count; ++item) {
+    if (item->num_splits == 1 || !is_last_to_arrive(*item, arrived)) continue;
+    kernels.finish[args.dtype](args, *item, static_cast<float*>(args.scratch) + item->results);
   }
-  float* results = static_cast<float*>(args.scratch) + item.results;
-  kernels.partial[args.dtype](args, item, following, scratch, results + item.split * size);
-  if (is_last_to_arrive(item, arrived)) kernels.finish[args.dtype](args, item, results);
 }
 
 }  // namespace
@@ -43,14 +38,16 @@ void paged_attention_body(const PagedAttentionArgs& args, Team& team) {
                   team.rank * thread_scratch_bytes(args.head_dim);
   const auto take = [plan] {
     const int32_t i = __atomic_fetch_add(&plan->next, 1, __ATOMIC_RELAXED);
-    return i < plan->num_items ? plan->items() + i : nullptr;
+    if (i >= plan->num_runs) return ItemRun{nullptr, 0};
+    const int32_t* start = plan->run_starts() + i;
+    return ItemRun{plan->items() + start[0], start[1] - start[0]};
   };
-  // Each thread takes one item ahead, so that its memory can be asked for in time.
+  // Each thread takes one run ahead, so that its memory can be asked for in time.
   const bool has_scratch = team.rank < args.scratch_threads;  // else the others do the work
-  for (const AttentionItem* item = has_scratch ? take() : nullptr; item != nullptr;) {
-    const AttentionItem* following = take();
-    run_item(args, *item, following, plan->arrived(), scratch);
-    item = following;
+  for (ItemRun run = has_scratch ? take() : ItemRun{nullptr, 0}; run.count > 0;) {
+    const ItemRun following = take();
+    run_items(args, run, following, plan->arrived(), scratch);
+    run = following;
   }
   if (__atomic_add_fetch(&plan->done, 1, __ATOMIC_ACQ_REL) == team.size) {  // for the next layer
     plan->done = 0;

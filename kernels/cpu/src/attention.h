@@ -65,22 +65,26 @@ struct AttentionItem {
   int32_t rows() const { return num_tokens * num_heads; }
 };
 
-// Head of the plan; the items follow, then the arrival counters.
+// Head of the plan; the items follow, then the arrival counters, then where each run starts and the last one ends.
 struct AttentionPlan {
   int32_t num_items;
   int32_t num_groups;
+  int32_t num_runs;           // of items, each for one thread; see ItemRun
   int64_t num_result_floats;  // of all results that wait to be combined
   int64_t bytes;              // of keys and values to read
-  int32_t next;               // item that nobody has taken yet
+  int32_t next;               // run that nobody has taken yet
   int32_t done;               // threads that have found nothing more to take
 
   AttentionItem* items() { return reinterpret_cast<AttentionItem*>(this + 1); }
   int32_t* arrived() { return reinterpret_cast<int32_t*>(items() + num_items); }
+  int32_t* run_starts() { return arrived() + num_groups; }
 };
 
-constexpr int32_t kMaxRows = 128;      // of an item
+constexpr int32_t kMaxRows = 128;         // of an item
 constexpr int32_t kMaxHeadDim = 256;
-constexpr int32_t kMaxSplitRows = 32;  // items of more rows are not cut along the keys
+constexpr int32_t kMaxTogether = 8;       // items of a run
+constexpr int32_t kMaxTogetherRows = 16;  // of each of them, if there are several
+constexpr int32_t kMaxSplitRows = 32;     // items of more rows are not cut along the keys
 
 // A result: maximum of the scores (in powers of two) and sum of the weights of each row, then the weighted values.
 constexpr int64_t result_floats(int64_t rows, int64_t head_dim) { return rows * (head_dim + 2); }

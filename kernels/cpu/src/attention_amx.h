@@ -1,5 +1,5 @@
-// Attention on matrix tiles (AMX), items of few rows: keys are taken from the cache as they lie, in tiles of 16 keys
-// and 32 dimensions.
+// Attention on matrix tiles (AMX), items of few rows over any cache (attention_amx_thin.h has the usual ones): keys are
+// taken from the cache as they lie where they can be, in tiles of 16 keys and 32 dimensions, else copied.
 #pragma once
 #include "attention_thin.h"
 #include "attention_wide.h"  // transpose_queries

@@ -80,7 +80,7 @@ ISF_INLINE void strip_output(const uint32_t* weights, const float* decays, const
   }
 }
 
-// How many keys of a tile some row of a strip sees, rounded up to what is multiplied at once; none where all are hidden.
+// How many keys of a tile some row of a strip sees, rounded up to what is multiplied at once.
 ISF_INLINE int keys_seen(const Rows& rows, int first_row, int end_row, const TileGroups& tile) {
   if (rows.first[first_row] >= tile.first + tile.count) return 0;
   return std::max(0, std::min(tile.count, (rows.end[end_row - 1] - tile.first + 31) / 32 * 32));
@@ -108,8 +108,8 @@ void tile_wide_partial(const PagedAttentionArgs& args, const AttentionItem& item
       const int end_row = std::min(row + kStrip, rows.count), count = keys_seen(rows, row, end_row, tile);
       if (count == 0) continue;
       strip_scores(queries + row, rows.padded, padded, tile, count, scores);
-      wide_softmax<Pairs>(scoring, rows, row, kStrip, is_masked(rows, row, end_row, item, tile.first, count), tile.first,
-                          count, scores, weights);
+      const bool some_are_hidden = is_masked(rows, row, end_row, item, tile.first, count);
+      wide_softmax<Pairs>(scoring, rows, row, kStrip, some_are_hidden, tile.first, count, scores, weights);
       strip_output(weights, rows.decay + row, values, count, padded, output + row * padded);
     }
   }

@@ -1,6 +1,7 @@
 // Paged attention at one instruction-set level: an item's result, and the results of its splits to output.
 #include "attention_kernels.h"
 
+#include "attention_amx_thin.h"
 #include "attention_amx_wide.h"
 #include "attention_thin.h"
 #include "attention_wide.h"
@@ -61,11 +62,38 @@ void finish(const PagedAttentionArgs& args, const AttentionItem& item, const flo
   }
 }
 
+// One item after the other.
+template <class T, auto kPartial>
+void run(const PagedAttentionArgs& args, const ItemRun& run, const ItemRun& following, char* scratch) {
+  for (int i = 0; i < run.count; ++i) {
+    const AttentionItem& item = run.items[i];
+    const AttentionItem* next = i + 1 < run.count ? &item + 1 : following.items;
+    const int64_t size = result_floats(item.rows(), args.head_dim);
+    if (item.num_splits > 1) {
+      kPartial(args, item, next, scratch, static_cast<float*>(args.scratch) + item.results + item.split * size);
+    } else {
+      float* result = reinterpret_cast<float*>(scratch + ThreadScratch(args.head_dim).result);
+      kPartial(args, item, next, scratch, result);
+      finish<T>(args, item, result);
+    }
+  }
+}
+
+#if defined(__AMX_BF16__)
+void run_bf16(const PagedAttentionArgs& args, const ItemRun& of, const ItemRun& following, char* scratch) {
+  const int rows = of.items[0].rows();
+  if (rows > kTileRows || !fits_tiles(args)) return run<bf16, partial_bf16>(args, of, following, scratch);
+  return rows <= 4 ? amx_thin_run<4>(args, of, following, scratch) : amx_thin_run<16>(args, of, following, scratch);
+}
+#else
+constexpr auto run_bf16 = run<bf16, partial_bf16>;
+#endif
+
 }  // namespace
 
 extern const AttentionKernels attention_kernels;
 const AttentionKernels attention_kernels = {
-    {partial<Floats<float>>, partial_bf16, partial<Floats<fp16>>},
+    {run<float, partial<Floats<float>>>, run_bf16, run<fp16, partial<Floats<fp16>>>},
     {finish<float>, finish<bf16>, finish<fp16>},
 };
 

@@ -28,12 +28,17 @@ struct ThreadScratch {
 
 constexpr int64_t thread_scratch_bytes(int64_t head_dim) { return ThreadScratch(head_dim).end; }
 
-// By DType. `partial` leaves the result of one item at `result`, and asks for the first keys of the one that follows,
-// if any; `finish` combines the results of an item's splits,
+// Items that one thread works on together: of the same queries and keys, and of heads that follow one another.
+struct ItemRun {
+  const AttentionItem* items;
+  int count;  // at most kMaxTogether
+};
+
+// By DType. `run` writes the outputs of items that are not split, and leaves the results of the others where the plan
+// says; it asks for the first keys of the run that follows, if any. `finish` combines the results of an item's splits,
 // which lie behind each other, and writes the output.
 struct AttentionKernels {
-  void (*partial[3])(const PagedAttentionArgs& args, const AttentionItem& item, const AttentionItem* following,
-                     char* scratch, float* result);
+  void (*run[3])(const PagedAttentionArgs& args, const ItemRun& run, const ItemRun& following, char* scratch);
   void (*finish[3])(const PagedAttentionArgs& args, const AttentionItem& item, const float* results);
 };
 

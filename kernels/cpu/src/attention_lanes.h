@@ -11,6 +11,7 @@
 #endif
 
 #include "level.h"
+#include "transpose_16x16.h"
 #include "types.h"
 
 namespace isf {
@@ -82,12 +83,12 @@ ISF_INLINE float largest(Vec v) {
   return out;
 }
 
-// 2^x for x <= 0 or so; 0 from -inf, unless it is promised that x is finite. Minimax polynomials on [-0.5, 0.5]: within
-// 8e-8, or 8e-5 for weights that are rounded to bf16, which costs 25 times as much (so does FlashAttention-4).
+// 2^x for x <= 0 or so; 0 below -126 and from -inf, unless it is promised that x is finite. Minimax polynomials on
+// [-0.5, 0.5]: within 8e-8, or 8e-5 for weights that are rounded to bf16, which costs 25 times as much (so does
+// FlashAttention-4).
 template <bool kPrecise, bool kIsFinite = false>
 ISF_INLINE Vec exp2(Vec x) {
 #if defined(__AVX512F__)
-  if (!kIsFinite) x = larger(x, all(-200.0f));
   const Vec whole = (Vec)_mm512_roundscale_ps((__m512)x, 0);
 #else
   const Vec clamped = larger(x, all(-126.0f));
@@ -112,7 +113,10 @@ ISF_INLINE Vec exp2(Vec x) {
     y = y * rest + 0.999928073f;
   }
 #if defined(__AVX512F__)
-  return (Vec)_mm512_scalef_ps((__m512)y, (__m512)whole);
+  if (kIsFinite) return (Vec)_mm512_scalef_ps((__m512)y, (__m512)whole);
+  // Results too small for a normal number would take the processor 150 cycles each: they are left out, as zeros.
+  const __mmask16 is_normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_GE_OQ);
+  return (Vec)_mm512_maskz_scalef_ps(is_normal, (__m512)y, (__m512)whole);
 #else
   const IntVec scaled = load_as<IntVec>(&y) + (load_as<IntVec>(&shifted) << 23);
   return zero_below < -126.0f ? Vec{} : load_as<Vec>(&scaled);
@@ -159,31 +163,10 @@ ISF_INLINE void widen(const T* from, int count, int padded, float* to) {
 // kLanes x kLanes elements of four bytes, transposed. Strides count elements.
 #if defined(__AVX512F__)
 ISF_INLINE void transpose_block(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(static_cast<const uint32_t*>(from) + i * from_stride);
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
-    b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-    b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-    b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; ++i) {
-    a[i] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88);
-    a[i + 4] = _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88);
-    a[i + 8] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd);
-    a[i + 12] = _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(static_cast<uint32_t*>(to) + i * to_stride, a[i]);
+  __m512i t[16];
+  for (int i = 0; i < 16; ++i) t[i] = _mm512_loadu_si512(static_cast<const uint32_t*>(from) + i * from_stride);
+  transpose_16x16(t);
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(static_cast<uint32_t*>(to) + i * to_stride, t[i]);
 }
 #else
 ISF_INLINE void transpose_block(const void* from, int64_t from_stride, void* to, int64_t to_stride) {

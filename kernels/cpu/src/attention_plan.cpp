@@ -1,6 +1,7 @@
 // Cuts a step into work items: once a step, on one thread.
 #include <algorithm>
 #include <cstring>
+#include <tuple>
 
 #include "attention.h"
 #include "attention_kernels.h"
@@ -10,6 +11,7 @@ namespace isf {
 namespace {
 
 constexpr int32_t kTargetSplits = 8, kMinSplitKeys = 256, kMaxSplitKeys = 1024;
+constexpr int32_t kRunsPerThread = 4;  // at least, if there are as many items
 
 int32_t divided_up(int32_t count, int32_t by) { return (count + by - 1) / by; }
 
@@ -77,6 +79,31 @@ Totals count(const PagedAttentionArgs& args) {
 
 int64_t work(const AttentionItem& item) { return int64_t{item.rows() + 4} * (item.end_key - item.first_key); }
 
+// Long ones first: who comes late then finds short ones, and all threads end at about the same time. Heads that share
+// a stretch of memory stay together.
+bool comes_before(const AttentionItem& one, const AttentionItem& other) {
+  const int64_t own = work(one), its = work(other);
+  if (own != its) return own > its;
+  return std::tie(one.first_token, one.split, one.first_head) <
+         std::tie(other.first_token, other.split, other.first_head);
+}
+
+bool goes_on(const AttentionItem& one, const AttentionItem& next) {
+  return one.first_token == next.first_token && one.split == next.split && one.kv_head + 1 == next.kv_head &&
+         one.rows() == next.rows() && one.rows() <= kMaxTogetherRows;
+}
+
+// Cuts the items into runs of up to `together`.
+void cut_runs(AttentionPlan& plan, int32_t together) {
+  int32_t* starts = plan.run_starts();
+  plan.num_runs = 0;
+  for (int32_t i = 0; i < plan.num_items; ++i) {
+    const bool is_next = i > 0 && goes_on(plan.items()[i - 1], plan.items()[i]);
+    if (!is_next || i - starts[plan.num_runs - 1] == together) starts[plan.num_runs++] = i;
+  }
+  starts[plan.num_runs] = plan.num_items;
+}
+
 }  // namespace
 }  // namespace isf
 
@@ -86,7 +113,8 @@ extern "C" {
 ISF_EXPORT int32_t isf_paged_attention_sizes(const isf::PagedAttentionArgs* args, int32_t threads,
                                              isf::AttentionSizes* sizes) {
   const isf::Totals totals = isf::count(*args);
-  sizes->plan = sizeof(isf::AttentionPlan) + totals.items * sizeof(isf::AttentionItem) + totals.groups * 4;
+  sizes->plan = sizeof(isf::AttentionPlan) + totals.items * sizeof(isf::AttentionItem) +
+                (totals.groups + totals.items + 1) * sizeof(int32_t);
   sizes->scratch = isf::aligned(totals.result_floats * 4) + threads * isf::thread_scratch_bytes(args->head_dim);
   return 0;
 }
@@ -95,15 +123,16 @@ ISF_EXPORT int32_t isf_paged_attention_sizes(const isf::PagedAttentionArgs* args
 ISF_EXPORT int32_t isf_paged_attention_plan(const isf::PagedAttentionArgs* args) {
   const isf::Totals totals = isf::count(*args);
   isf::AttentionPlan* plan = static_cast<isf::AttentionPlan*>(args->plan);
-  *plan = isf::AttentionPlan{static_cast<int32_t>(totals.items), static_cast<int32_t>(totals.groups),
+  *plan = isf::AttentionPlan{static_cast<int32_t>(totals.items), static_cast<int32_t>(totals.groups), 0,
                              totals.result_floats, totals.bytes, 0, 0};
   isf::AttentionItem* next = plan->items();
   isf::for_each_item(*args, [&](const isf::AttentionItem& item) { *next++ = item; });
-  // Long ones first: who comes late then finds short ones, and all threads end at about the same time.
-  std::stable_sort(plan->items(), next, [](const isf::AttentionItem& one, const isf::AttentionItem& other) {
-    return isf::work(one) > isf::work(other);
-  });
+  std::sort(plan->items(), next, isf::comes_before);
   std::memset(plan->arrived(), 0, totals.groups * sizeof(int32_t));
+  // Short runs where there are few: threads then have something to share out.
+  const int32_t wanted = isf::kRunsPerThread * args->scratch_threads;
+  int32_t together = isf::kMaxTogether;
+  for (isf::cut_runs(*plan, together); together > 1 && plan->num_runs < wanted;) isf::cut_runs(*plan, together /= 2);
   return 0;
 }
 }

@@ -93,6 +93,10 @@ class ClaimsKeysInBfloat16(SoundAttention):
     name = "claims_keys_in_bfloat16"
     capabilities = replace(SoundAttention.capabilities, kv_dtypes=(torch.bfloat16,))
 
+    def write(self, k, v, cache, meta):
+        for stored, new in zip(cache, (k, v), strict=True):
+            stored.flatten(0, 1).index_copy_(0, meta.batch.slot_mapping, new)
+
 
 class SecretSinks(SoundAttention):
     """Has sinks and does not say so."""
