@@ -13,10 +13,14 @@ import torch
 from benchmarking.workloads import SHAPES
 from inference_shardformer.kernels.cpu.library import native
 from inference_shardformer.kernels.cpu.linear import linear
+from inference_shardformer.kernels.cpu.linear_arguments import LinearArgs
 from inference_shardformer.kernels.cpu.packed_weight import PackedWeight, WeightArena, pack
 
-DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64)
+CREW_ROWS = (1, 2, 4, 8, 16)  # that threads share out in one native call
+MORE_ROWS = (32, 64)
 PREFILL_ROWS = 1024
+_SHARES = 8  # into which a crew cuts a thread's work
+_LINE = 64
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,14 @@ def _report_bandwidth(layers: Layers, threads: int, rounds: int) -> None:
     memory = WeightArena().take(layers.num_bytes // 4096 * 4096).fill_(1)  # or every page would be the same one
     read = native().function("isf_read_memory", argtypes=(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32))
     print(f"all linears of a step, {layers.num_bytes / 2**20:.0f} MiB of bf16 weights: GB/s, and share of a pure read")
-    for rows in DECODE_ROWS:
+    print("ours in one native call, as in a decoder layer, up to 16 rows; else, and torch's, one by one from Python")
+    for rows in (*CREW_ROWS, *MORE_ROWS):
         inputs = {weight.shape[1]: torch.randn(rows, weight.shape[1]).to(torch.bfloat16) for weight in layers.plain}
         sides: dict[str, Callable[[], object]] = {
             "read": lambda: read(memory.data_ptr(), memory.nbytes, threads),
-            "ours": lambda inputs=inputs: [linear(inputs[w.in_features], w) for w in layers.packed],
+            "ours": _in_one_call(layers, inputs, threads)
+            if rows in CREW_ROWS
+            else lambda inputs=inputs: [linear(inputs[w.in_features], w) for w in layers.packed],
             "torch": lambda inputs=inputs: [torch.nn.functional.linear(inputs[w.shape[1]], w) for w in layers.plain],
         }
         seconds = _take_turns(sides, rounds)
@@ -80,6 +87,46 @@ def _report_bandwidth(layers: Layers, threads: int, rounds: int) -> None:
             f"torch {speed['torch']:6.1f}",
             flush=True,
         )
+
+
+def _in_one_call(layers: Layers, inputs: Mapping[int, torch.Tensor], threads: int) -> Callable[[], object]:
+    """All layers one after the other, without Python between them."""
+    run = native().function("isf_run_linears", argtypes=(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32))
+    size = native().function(
+        "isf_linear_workspace", argtypes=(ctypes.POINTER(LinearArgs), ctypes.c_int32), restype=ctypes.c_int64
+    )
+    rows = len(next(iter(inputs.values())))
+    calls = (LinearArgs * len(layers.packed))(
+        *(_arguments(weight, inputs[weight.in_features]) for weight in layers.packed)
+    )
+    out = torch.empty(rows, max(weight.out_features for weight in layers.packed), dtype=torch.bfloat16)
+    room = torch.empty(max(size(call, threads * _SHARES) for call in calls) + _LINE, dtype=torch.uint8)
+    for call in calls:
+        call.out = out.data_ptr()
+        call.workspace = -(-room.data_ptr() // _LINE) * _LINE
+
+    def step() -> tuple[object, ...]:
+        run(ctypes.addressof(calls), len(calls), threads)
+        return out, room  # what the arguments point to
+
+    return step
+
+
+def _arguments(weight: PackedWeight, x: torch.Tensor) -> LinearArgs:
+    return LinearArgs(
+        x=x.data_ptr(),
+        weight=weight.storage_pointer,
+        m=len(x),
+        n=weight.out_features,
+        k=weight.in_features,
+        ldx=weight.in_features,
+        ldr=weight.out_features,
+        ldo=weight.out_features,
+        weight_dtype=weight.dtype_code,
+        activation_dtype=weight.dtype_code,
+        out_dtype=weight.dtype_code,
+        segments=weight.segments,
+    )
 
 
 def _report_rate(layers: Layers, rounds: int) -> None:

@@ -52,19 +52,19 @@ class Workspace {
   int64_t bytes_ = 0;
 };
 
-// Few rows: shares that whoever is free takes.
-void run_as_crew(const LinearArgs& args, int threads) {
+// Few rows, one layer after the other: shares that whoever is free takes.
+void run_as_crew(const LinearArgs* layers, int64_t count, int threads) {
   struct Shared {
-    const LinearArgs& args;
+    const LinearArgs* layers;
     int threads;
-  } shared{args, threads};
+  } shared{layers, threads};
   Crew crew(CrewWork{
-      1, [](const void* own, int64_t) { return kSharesPerThread * static_cast<const Shared*>(own)->threads; },
+      count, [](const void* own, int64_t) { return kSharesPerThread * static_cast<const Shared*>(own)->threads; },
       [](const void* own, const CrewPart& part) {
         const Shared& all = *static_cast<const Shared*>(own);
         const Share share = share_of(part.part, all.threads);
         Team one_of(share.rank, share.span, share.size, part.thread, part.is_again);
-        linear_body(all.args, one_of);
+        linear_body(all.layers[part.operation], one_of);
       },
       &shared});
   const auto work = [](Team& team, const void* own) { static_cast<Crew*>(const_cast<void*>(own))->work(team.rank); };
@@ -92,10 +92,17 @@ ISF_EXPORT int32_t isf_linear(const isf::LinearArgs* args, int32_t threads) {
   if (own.workspace == nullptr) own.workspace = workspace.at_least(isf::linear_workspace(own, shares));
   if (own.workspace == nullptr) return -1;
   if (is_crew) {
-    isf::run_as_crew(own, team);
+    isf::run_as_crew(&own, 1, team);
   } else {
     isf::run_body<isf::LinearArgs, isf::linear_body>(&own, team);
   }
+  return 0;
+}
+
+// Layers of at most 16 rows that follow one another, as those of a step do, in one team: to be timed. All have a
+// workspace for `threads` times 8 shares.
+ISF_EXPORT int32_t isf_run_linears(const isf::LinearArgs* layers, int64_t count, int32_t threads) {
+  isf::run_as_crew(layers, count, threads);
   return 0;
 }
 }
