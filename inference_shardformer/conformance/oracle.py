@@ -23,7 +23,7 @@ def dense_attention(
     for (_, query_len), (keys, values) in zip(case.sequences, dense, strict=True):
         for position in range(len(keys) - query_len, len(keys)):
             oldest = 0 if case.window is None else max(0, position + 1 - case.window)
-            k, v = (part[oldest : position + 1, owner].double() for part in (keys, values))  # [visible, heads, dim]
+            k, v = (part[oldest : position + 1].double()[:, owner] for part in (keys, values))  # [visible, heads, dim]
             weights = _softmax((k * queries[token]).sum(dim=-1) * scale, case.softcap, sinks)
             out[token] = (weights[..., None] * v).sum(dim=0)
             token += 1

@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 
+from inference_shardformer.distributed.leaving import run_and_leave
+
 # Between the launcher's request to end, which follows another rank's failure, and the end: time to say why.
 _GRACE_S = 2.0
 _POLL_S = 0.5
@@ -25,6 +27,10 @@ def main() -> None:
     module = sys.argv[1]
     del sys.argv[1]
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    run_and_leave(lambda: _run(module))
+
+
+def _run(module: str) -> None:
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except KeyboardInterrupt:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from inference_shardformer.compute.sampling import Draw, Greatest
@@ -147,10 +147,8 @@ def _greatest(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _finite(value: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The indices, `NOT_FINITE` where the value is not. A CPU has no need of three operations for a few numbers."""
-    if value.device.type != "cpu":
-        return index.masked_fill_(~value.isfinite(), NOT_FINITE)
-    for row, each in enumerate(value.tolist()):
-        if not math.isfinite(each):
-            index[row] = NOT_FINITE
-    return index
+    """The indices, `NOT_FINITE` where the value is not; on a CPU by numpy, which is quicker for a few numbers."""
+    if value.device.type == "cpu":
+        index.numpy()[~np.isfinite(value.numpy())] = NOT_FINITE
+        return index
+    return index.masked_fill_(~value.isfinite(), NOT_FINITE)

@@ -7,7 +7,6 @@ FOLDER holds `work.json`: {case: {"prompts": [[ids]], "max_new_tokens": n}}. Mod
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -63,10 +62,6 @@ def main(folder: Path, out: Path) -> None:
     if dist.get_rank() == 0:
         out.write_text(json.dumps(results))
     dist.destroy_process_group()
-    # ColossalAI's layers keep the group alive beyond this. Its threads run on while the interpreter shuts down, which
-    # once ended a rank with an abort.
-    sys.stdout.flush()
-    os._exit(0)
 
 
 if __name__ == "__main__":

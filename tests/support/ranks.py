@@ -61,7 +61,7 @@ def _start(program: str, arguments: tuple[str, ...], rank: int, nproc: int, port
         "PYTHONFAULTHANDLER": "1",
     }
     return subprocess.Popen(
-        [sys.executable, str(SUPPORT / program), *arguments],
+        [sys.executable, str(SUPPORT / "rank_main.py"), str(SUPPORT / program), *arguments],
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

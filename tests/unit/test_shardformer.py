@@ -259,7 +259,6 @@ def test_every_rank_may_follow_the_load(checkpoint: Path) -> None:
 
 def test_the_type_of_a_model_in_memory_is_that_of_its_weights() -> None:
     model = tiny_model("gqa")
-    assert model.config.dtype != torch.bfloat16
     with InferenceShardformer(ShardConfig(device="cpu"), InferenceConfig()) as shardformer:
         engine = shardformer.attach(shardformer.optimize(model.bfloat16())[0])
         assert engine.kv_cache.spec.dtype == torch.bfloat16
