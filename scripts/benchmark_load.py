@@ -29,54 +29,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from benchmarking.memory import peak_rss_mib
+from benchmarking.workloads import SHAPES, write_checkpoint
+from transformers import LlamaForCausalLM
 
-_COMMON = {"max_position_embeddings": 2048, "eos_token_id": None, "pad_token_id": 0}
-SHAPES: dict[str, dict[str, object]] = {
-    "tiny": {
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-    },
-    "135m": {
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 4,
-    },
-    "1.1b": {
-        "vocab_size": 32000,
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-    },
-}
 LIMIT = 1.1  # of the plan, beyond what the process takes before
 _CHUNK_BYTES = 8 * 2**20
 _PAGE_BYTES = 4096
-_STATUS = Path("/proc/self/status")
 
 
 def make_checkpoint(size: str, folder: Path) -> int:
     """Write random weights of one shape; returns the bytes of its files."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(LlamaConfig(**SHAPES[size], **_COMMON)).save_pretrained(folder, max_shard_size="1GB")
-    torch.set_default_dtype(torch.float32)
+    write_checkpoint(folder, size, torch.bfloat16)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def peak_bytes() -> int:
-    """The largest resident size of this process since it was last reset."""
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 def ours(folder: Path) -> dict[str, float]:
@@ -108,7 +73,7 @@ def read_only(folder: Path) -> dict[str, float]:
     def read(fd: int, offset: int, size: int) -> None:
         if not hasattr(buffers, "bytes"):
             buffers.bytes = bytearray(_CHUNK_BYTES)
-        os.preadv(fd, [memoryview(buffers.bytes)[:size]], offset)
+        _read_whole(fd, memoryview(buffers.bytes)[:size], offset)
 
     return {"seconds": _read_files(folder, read)}
 
@@ -118,7 +83,7 @@ def read_and_keep(folder: Path) -> dict[str, float]:
     kept: dict[int, memoryview] = {}
 
     def read(fd: int, offset: int, size: int) -> None:
-        os.preadv(fd, [kept[fd][offset : offset + size]], offset)
+        _read_whole(fd, kept[fd][offset : offset + size], offset)
 
     def keep(fd: int, size: int) -> None:
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -126,6 +91,12 @@ def read_and_keep(folder: Path) -> dict[str, float]:
         kept[fd] = memoryview(pages)
 
     return {"seconds": _read_files(folder, read, keep)}
+
+
+def _read_whole(fd: int, view: memoryview, offset: int) -> None:
+    count = os.preadv(fd, [view], offset)
+    if count != len(view):
+        raise OSError(f"{count} of {len(view)} bytes were read at once")
 
 
 def _read_files(
@@ -140,6 +111,7 @@ def _read_files(
                 begin(fd, size)
             starts = range(0, size, _CHUNK_BYTES)
             list(pool.map(lambda start, fd=fd, size=size: read(fd, start, min(_CHUNK_BYTES, size - start)), starts))
+            os.close(fd)
     return time.perf_counter() - started
 
 
@@ -154,9 +126,9 @@ def run_side(name: str, small: Path, folder: Path, *, is_fresh: bool) -> None:
     if not is_fresh:
         _have_memory(sum(path.stat().st_size for path in folder.glob("*.safetensors")))
     Path("/proc/self/clear_refs").write_text("5")
-    before = peak_bytes()
+    before = peak_rss_mib()
     result = SIDES[name](folder)
-    print(json.dumps({**result, "peak": peak_bytes() - before}), flush=True)
+    print(json.dumps({**result, "peak": (peak_rss_mib() - before) * 2**20}), flush=True)
     if "RANK" in os.environ:
         torch.distributed.destroy_process_group()
 

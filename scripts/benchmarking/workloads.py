@@ -8,6 +8,15 @@ from pathlib import Path
 import torch
 
 SHAPES: dict[str, dict[str, object]] = {
+    "tiny": {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    },
     "135m": {
         "vocab_size": 49152,
         "hidden_size": 576,
