@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from inference_shardformer.cli.main import main
+from inference_shardformer.cli.main import run_as_program
 
 if __name__ == "__main__":
-    sys.exit(main(["generate", *sys.argv[1:]]))
+    run_as_program(["generate", *sys.argv[1:]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from inference_shardformer.cli import bench as bench_command
 from inference_shardformer.cli import doctor as doctor_command
@@ -17,7 +18,15 @@ from inference_shardformer.cli import verify as verify_command
 from inference_shardformer.cli.parser import ArgumentParser, add_version
 from inference_shardformer.cli.ranks import has_launcher_of_ours, is_main_rank, note_reported
 from inference_shardformer.cli.report import EXIT_INTERNAL, EXIT_INTERRUPTED, report_error, unexpected
+from inference_shardformer.distributed.leaving import run_and_leave
 from inference_shardformer.errors import InferenceShardformerError
+
+
+def run_as_program(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run one command line and end the process with its code; that of a rank by `run_and_leave`, however launched."""
+    if "RANK" in os.environ:
+        run_and_leave(lambda: sys.exit(main(argv)))
+    sys.exit(main(argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,4 +80,4 @@ def _fail(error: InferenceShardformerError, words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_program()
