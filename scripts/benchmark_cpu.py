@@ -102,7 +102,8 @@ def _started(sides: Sequence[Side]) -> Iterator[Sequence[Side]]:
 def _compare(folder: str, args: argparse.Namespace) -> None:
     """Decode, prefill and ragged requests of all sides."""
     sides = [_ours(folder, args.threads)]
-    sides.append(_ours(folder, args.threads, f"{OURS} int8", sets=["inference.weights.quantization=int8"]))
+    for name, value in (("uncompressed", "compression=none"), ("int8", "quantization=int8")):
+        sides.append(_ours(folder, args.threads, f"{OURS} {name}", sets=[f"inference.weights.{value}"]))
     if not args.no_hf:
         sides += [_hugging_face(folder, args.threads, mode) for mode in ("static", "continuous")]
     for peer in args.peer:
@@ -122,13 +123,13 @@ def _print_table(
     if "ragged" in works:
         tokens["ragged"] = works["ragged"].generated
     print(title)
-    print(f"  {'':30}" + "".join(f"{name:>20}" for name in tokens) + f"{'peak MiB':>12}")
+    print(f"  {'':34}" + "".join(f"{name:>20}" for name in tokens) + f"{'peak MiB':>12}")
     for side in sides:
         cells = []
         for name, count in tokens.items():
             speed = count / statistics.median(spent[name][side.name])
             cells.append(f"{speed:11.1f} x{ratio(spent[name][sides[0].name], spent[name][side.name]):6.2f} ")
-        print(f"  {side.name:30}" + "".join(f"{cell:>20}" for cell in cells) + f"{side.peak_rss_mib:12.0f}")
+        print(f"  {side.name:34}" + "".join(f"{cell:>20}" for cell in cells) + f"{side.peak_rss_mib:12.0f}")
     print(json.dumps({"seconds": seconds}) + "\n", flush=True)
 
 

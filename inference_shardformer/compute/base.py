@@ -33,8 +33,9 @@ class ComputeKind(str, Enum):
 class ComputeSpec:
     """What the kernels of one rank must serve.
 
-    `quantization` is that of the weights, `None` where they are kept; `kv_dtype` the type that keys and values are
-    stored in, `None` for that of the computation. `activation` is the name that Hugging Face's configuration gives the
+    `quantization` is that of the weights, `None` where they are kept; `compression` what was asked: "lossless", "none",
+    or "auto", which leaves it to the linear kernel. `kv_dtype` is the type that keys and values are stored in, `None`
+    for that of the computation. `activation` is the name that Hugging Face's configuration gives the
     activation of a gated MLP; empty where the model has none.
 
     What the policy says of its modules: `layer_shape`, of the decoder layers, "llama" for two norms, attention and a
@@ -53,6 +54,7 @@ class ComputeSpec:
     intermediate_size: int
     activation: str = ""
     quantization: str | None = None
+    compression: str = "auto"
     layer_shape: str = ""
     has_experts: bool = False
     rotary: str = ""
@@ -71,6 +73,7 @@ class ComputeCapabilities:
     devices: tuple[str, ...]  # types of torch.device
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     quantizations: tuple[str, ...] = ()
+    compressions: tuple[str, ...] = ()  # beside "none"
     needs_native: bool = False  # the library of native CPU kernels
     platforms: tuple[Platform, ...] = ()
     min_capability: tuple[int, int] | None = None  # of an NVIDIA device
@@ -103,6 +106,9 @@ class ComputeKernel(ABC):
         if cls.kind is ComputeKind.LINEAR and spec.quantization not in (None, *facts.quantizations):
             message = f"{cls.name} does not take weights in {spec.quantization}"
             found.append(Reason("quantization", message, "leave inference.weights.quantization unset"))
+        if cls.kind is ComputeKind.LINEAR and spec.compression not in ("auto", "none", *facts.compressions):
+            message = f"{cls.name} has no {spec.compression} compression of weights"
+            found.append(Reason("compression", message, "set inference.weights.compression=auto"))
         return found + cls.extra_reasons(spec)
 
     @classmethod

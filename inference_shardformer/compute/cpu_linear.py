@@ -4,28 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
+from inference_shardformer.attention.spec import Reason
 from inference_shardformer.compute.base import ComputeCapabilities, ComputeSpec
-from inference_shardformer.compute.linear import LinearKernel, LinearShape, LinearWeight
+from inference_shardformer.compute.linear import Compression, LinearKernel, LinearShape, LinearWeight
+from inference_shardformer.kernels.cpu.compact_weight import can_compress, empty_compact_weight, num_compact_bytes
+from inference_shardformer.kernels.cpu.library import native, native_problem
 from inference_shardformer.kernels.cpu.linear import Activation, embedding, linear
 from inference_shardformer.kernels.cpu.packed_weight import PackedWeight, WeightArena, empty_weight, num_bytes_of
 
 ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
     {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 )
+LOSSLESS: Literal["lossless"] = "lossless"
 
 
 class PackedLinearWeight(LinearWeight):
     """A weight in the order in which the kernels read it; there is no plain copy."""
 
     def __init__(
-        self, shape: LinearShape, *, packed_dtype: torch.dtype, activation: Activation | None, arena: WeightArena
+        self,
+        shape: LinearShape,
+        *,
+        packed_dtype: torch.dtype,
+        is_compact: bool,
+        activation: Activation | None,
+        arena: WeightArena,
     ) -> None:
         self.shape = shape
         self._packed_dtype = packed_dtype
+        self._is_compact = is_compact
         self._activation = activation
         self._arena = arena
         self._packed: PackedWeight | None = None
@@ -40,14 +51,12 @@ class PackedLinearWeight(LinearWeight):
 
     def allocate(self, device: torch.device, *, is_zeroed: bool = False) -> None:
         """Packed memory, which is always zeroed."""
-        shape = self.shape
-        self._packed = empty_weight(
-            shape.out_features,
-            shape.in_features,
-            dtype=self._packed_dtype,
-            segments=2 if shape.is_gated else 1,
-            arena=self._arena,
-        )
+        size = self.shape.out_features, self.shape.in_features
+        segments, arena = _segments(self.shape), self._arena
+        if self._is_compact:
+            self._packed = empty_compact_weight(*size, segments=segments, is_filled=not is_zeroed, arena=arena)
+        else:
+            self._packed = empty_weight(*size, dtype=self._packed_dtype, segments=segments, arena=arena)
         self.tensors = {"weight": self._packed.storage}
         if self._packed.scales is not None:
             self.tensors["weight_scale"] = self._packed.scales
@@ -55,6 +64,14 @@ class PackedLinearWeight(LinearWeight):
     def write(self, slab: torch.Tensor, *, row: int = 0, column: int = 0) -> None:
         """Pack, or quantise and pack, into the same memory."""
         self.packed.write(slab.to(self.shape.dtype), row=row, column=column)
+
+    def settle(self) -> None:
+        """Compress what is to be compressed."""
+        self.packed.settle()
+
+    def loading_ended(self) -> None:
+        """Give up the memory in which weights are packed before they are compressed."""
+        self._arena.keep_nothing()
 
     def plain(self) -> torch.Tensor:
         """Unpack, bit for bit; int8 codes times their scales."""
@@ -85,7 +102,7 @@ class CpuLinear(LinearKernel):
     name: ClassVar[str] = "cpu"
     contract_version: ClassVar[int] = 1
     capabilities: ClassVar[ComputeCapabilities] = ComputeCapabilities(
-        devices=("cpu",), quantizations=("int8",), needs_native=True
+        devices=("cpu",), quantizations=("int8",), compressions=(LOSSLESS,), needs_native=True
     )
     fused_activations: ClassVar[frozenset[str]] = frozenset(ACTIVATIONS)
 
@@ -93,19 +110,67 @@ class CpuLinear(LinearKernel):
         super().__init__(spec)
         self._arena = WeightArena()
 
+    @classmethod
+    def extra_reasons(cls, spec: ComputeSpec) -> list[Reason]:
+        """Weights that were asked for compressed cannot be."""
+        if spec.compression != LOSSLESS or spec.device.type not in cls.capabilities.devices:
+            return []
+        problem = _uncompressed(spec, spec.dtype)
+        return [] if problem is None else [problem]
+
+    @classmethod
+    def compression(cls, spec: ComputeSpec) -> Compression:
+        """bfloat16 in 12 bits, where this machine can and nobody forbids it."""
+        if spec.compression == "none":
+            return Compression("none", "as asked")
+        problem = _uncompressed(spec, spec.dtype)
+        if problem is not None:
+            return Compression("none", problem.message)
+        return Compression(LOSSLESS, "bfloat16 weights are kept in 12 bits each, and read back bit for bit")
+
     def weight(self, shape: LinearShape) -> PackedLinearWeight:
         """An empty weight; tables are never quantised."""
         return PackedLinearWeight(
             shape,
             packed_dtype=self._packed_dtype(shape),
+            is_compact=self._is_compact(shape),
             activation=ACTIVATIONS.get(self.spec.activation) if shape.is_gated else None,
             arena=self._arena,
         )
 
     def num_bytes(self, shape: LinearShape) -> int:
         """Packed elements with their padding, and scales."""
-        segments = 2 if shape.is_gated else 1
-        return num_bytes_of(shape.out_features, shape.in_features, dtype=self._packed_dtype(shape), segments=segments)
+        size, segments = (shape.out_features, shape.in_features), _segments(shape)
+        if self._is_compact(shape):
+            return num_compact_bytes(*size, segments=segments)
+        return num_bytes_of(*size, dtype=self._packed_dtype(shape), segments=segments)
 
     def _packed_dtype(self, shape: LinearShape) -> torch.dtype:
         return torch.int8 if self.spec.quantization == "int8" and not shape.is_table else shape.dtype
+
+    def _is_compact(self, shape: LinearShape) -> bool:
+        return compresses(self.spec, self._packed_dtype(shape), shape.in_features)
+
+
+def _segments(shape: LinearShape) -> int:
+    return 2 if shape.is_gated else 1
+
+
+def compresses(spec: ComputeSpec, shape_dtype: torch.dtype, in_features: int = 1) -> bool:
+    """Whether a weight stored in this type is kept compressed. Asked where there are native kernels alone."""
+    return spec.compression != "none" and _uncompressed(spec, shape_dtype, in_features) is None
+
+
+def _uncompressed(spec: ComputeSpec, dtype: torch.dtype, in_features: int = 1) -> Reason | None:
+    """Why weights of this type are not compressed; `None` if they can be, as far as the native kernels are there."""
+    unset = "leave inference.weights.compression unset"
+    if spec.quantization is not None:
+        message = f"weights in {spec.quantization} are not compressed any further"
+        return Reason("compression", message, f"{unset}, or inference.weights.quantization")
+    if dtype != torch.bfloat16:
+        message = f"weights in {str(dtype).removeprefix('torch.')} are not compressed, only those in bfloat16"
+        return Reason("compression", message, f"{unset}, or set inference.dtype=bf16")
+    if native_problem() is None and not can_compress(dtype, in_features):
+        message = f"the instruction-set level {native().isa_level} gains nothing by compressed weights"
+        return Reason("compression", message, f"{unset}, or use a machine with AVX-512")
+    return None

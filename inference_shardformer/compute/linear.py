@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 
-from inference_shardformer.compute.base import ComputeKernel, ComputeKind
+from inference_shardformer.compute.base import ComputeKernel, ComputeKind, ComputeSpec
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,17 @@ class LinearWeight(ABC):
     def write(self, slab: torch.Tensor, *, row: int = 0, column: int = 0) -> None:
         """Put `[rows, columns]` of the weight at a place, in its type. A quantised weight takes whole rows."""
 
+    def settle(self) -> None:  # noqa: B027 - most have one form only
+        """Everything is written for now: take the final form. It may be written again, and settled again."""
+
+    def loading_ended(self) -> None:  # noqa: B027
+        """Every weight of the model is settled: let go of what only loading needs."""
+
     def adopt(self, plain: torch.Tensor) -> None:
         """Take `[out_features, in_features]` over, once; the tensor itself may be kept."""
         self.allocate(plain.device)
         self.write(plain)
+        self.settle()
 
     @abstractmethod
     def plain(self) -> torch.Tensor:
@@ -76,11 +83,23 @@ class LinearWeight(ABC):
         """Rows of the weight by index, `[...]` to `[..., in_features]`; only for a table."""
 
 
+class Compression(NamedTuple):
+    """Whether weights are kept in fewer bits than their type has and read back bit for bit, and why, for people."""
+
+    value: Literal["none", "lossless"]
+    reason: str
+
+
 class LinearKernel(ComputeKernel):
     """Makes the weights of all projections, of the output head, and of an embedding that is tied to it."""
 
     kind: ClassVar[ComputeKind] = ComputeKind.LINEAR
     fused_activations: ClassVar[frozenset[str]] = frozenset()  # Hugging Face's names
+
+    @classmethod
+    def compression(cls, spec: ComputeSpec) -> Compression:
+        """How weights of the compute type will be kept; not at all compressed by default."""
+        return Compression("none", f"linear kernel {cls.name} compresses no weights")
 
     @abstractmethod
     def weight(self, shape: LinearShape) -> LinearWeight:

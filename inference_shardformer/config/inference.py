@@ -240,6 +240,12 @@ class WeightsConfig(BaseModel):
         "they are.",
         json_schema_extra=about(flag="--quantization"),
     )
+    compression: Literal["auto", "none", "lossless"] = Field(
+        default="auto",
+        description="lossless: bf16 weights of the native CPU kernels are kept in 12 bits instead of 16 and read back "
+        "bit for bit; auto: where the kernels can, else none; none: never.",
+        json_schema_extra=about(),
+    )
 
 
 class InferenceConfig(BaseModel):

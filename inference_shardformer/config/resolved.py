@@ -57,6 +57,7 @@ class ResolvedConfig:
     block_size: int | None = None  # tokens; None where nothing decided it, then it was asked for
     graphs: int | Literal["none"] = "none"  # sequences in the largest decode step that is captured
     overlap: Literal["on", "off"] = "off"  # whether host work of a step is done while the device is at another one
+    compression: Literal["none", "lossless"] = "none"  # of the weights that the linear kernel keeps
     kernels: tuple[tuple[str, str], ...] = ()  # the kernel of each kind, by the name of its setting
 
     @property
@@ -84,6 +85,7 @@ def with_decision(config: ResolvedConfig, path: str, value: object, reason: str)
 
 CACHE_DTYPES: dict[str | None, torch.dtype | None] = {None: None, "fp8": torch.float8_e4m3fn}
 """The type that `inference.cache.dtype` asks for; `None`: the compute type."""
+COMPRESSION = "inference.weights.compression"
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DECIDED = {
     "shard.tp_size": "tp_size",
@@ -97,5 +99,6 @@ DECIDED = {
     "inference.cache.block_size": "block_size",
     "inference.graphs": "graphs",
     "inference.scheduler.overlap": "overlap",
+    COMPRESSION: "compression",
 }
 """The attribute of `ResolvedConfig` that holds the decided value of a field."""

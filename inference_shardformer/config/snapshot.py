@@ -135,5 +135,6 @@ def _final_inference(config: ResolvedConfig) -> InferenceConfig:
             "scheduler": {**asked.scheduler.__dict__, "overlap": config.overlap},
             "attention": {**asked.attention.__dict__, "backend": config.attention_backend},
             "kernels": {**asked.kernels.__dict__, **dict(config.kernels)},
+            "weights": {**asked.weights.__dict__, "compression": config.compression},
         }
     )

@@ -41,6 +41,15 @@ class WeightHolder(nn.Module):
         else:
             self.get_parameter(leaf).detach().narrow(0, row, slab.shape[0]).copy_(slab)
 
+    def settle_tensor(self, leaf: str) -> None:
+        """Everything is written to a parameter for now."""
+        if leaf == "weight":
+            self.stored.settle()
+
+    def weights_loaded(self) -> None:
+        """Every parameter of the model is at its place."""
+        self.stored.loading_ended()
+
     def plain_tensor(self, leaf: str) -> torch.Tensor:
         """The values of a parameter in the shape that the plan gives it."""
         return self.stored.plain() if leaf == "weight" else self.get_parameter(leaf).detach()
@@ -57,6 +66,7 @@ class WeightHolder(nn.Module):
         for row in range(0, self.stored.shape.out_features, _ROWS_COPIED_AT_ONCE):
             end = min(row + _ROWS_COPIED_AT_ONCE, self.stored.shape.out_features)
             self.stored.write(owner.stored.rows(torch.arange(row, end, device=device)), row=row)
+        self.stored.settle()
         self._register()
         return False
 

@@ -79,6 +79,7 @@ def _report(seen: Examined, unsharded: PreTrainedModel, host: HostFacts, memory:
         tp_size=host.tp_size,
         dtype=config.dtype,
         device=config.device,
+        compression=seen.kernels.compression(),
         rows=tuple(parameter_rows(plans, {name: info.shape for name, info in tensors.items()}, storage)),
         rank_bytes=rank_bytes,
         kv_cache=kv_cache,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from inference_shardformer.compute.linear import Compression
 from inference_shardformer.config.model import ModelFacts
 from inference_shardformer.kv_cache.spec import KVCacheSpec
 from inference_shardformer.planning.memory import Capacity, Workspace
@@ -21,8 +22,9 @@ REPORT_SCHEMA_VERSION = 1
 class PlanReport:
     """The plan of a model for `tp_size` ranks, its bytes, and what fits beside them.
 
-    `rank_bytes` are the bytes of weights of each rank, `kv_cache` the shape of one rank's cache. `tp_sizes` maps every
-    number of ranks up to the number of heads to why it is impossible, or `None`. `file` is what can be loaded from.
+    `compression` says how the linear kernel keeps weights; `rank_bytes` are the bytes of weights of each rank,
+    `kv_cache` the shape of one rank's cache. `tp_sizes` maps every number of ranks up to the number of heads to why it
+    is impossible, or `None`. `file` is what can be loaded from.
     """
 
     facts: ModelFacts
@@ -30,6 +32,7 @@ class PlanReport:
     tp_size: int
     dtype: str
     device: str
+    compression: Compression
     rows: tuple[ParameterRow, ...]
     rank_bytes: tuple[int, ...]
     kv_cache: KVCacheSpec
@@ -55,6 +58,7 @@ class PlanReport:
             "tp_size": self.tp_size,
             "dtype": self.dtype,
             "device": self.device,
+            "compression": self.compression._asdict(),
             "tp_sizes": [{"tp_size": size, "problem": problem} for size, problem in self.tp_sizes.items()],
             "ranks": [
                 {"rank": rank, "weight_bytes": num_bytes, "vocab_range": list(document.vocab_ranges[rank])}

@@ -55,6 +55,7 @@ def _facts(report: PlanReport) -> list[str]:
         f"possible are {as_ranges(report.legal_tp_sizes)}",
         *(_MARGIN + line for line in _refusals(report.tp_sizes)),
         f"weights    {held}",
+        f"{_MARGIN}compression {report.compression.value}: {report.compression.reason}",
         f"kv cache   {kv.bytes_per_token} bytes a token, {kv.bytes_per_block} bytes a block of {kv.block_size} tokens, "
         f"on each rank ({kv.num_kv_heads} key/value heads)",
         f"workspace  at most about {amount(work.num_bytes)} on each rank, for steps of {work.num_tokens} tokens and "

@@ -157,8 +157,8 @@ def examine(
         raise BackendUnavailableError("no attention backend was selected", remedy="report this")
     options = {name: chosen_options(merged, name) for name in chosen_names(selections)}
     leaves = policy_options(merged, policy).leaves | _leaves(options)
-    block_size = _block_size(groups, selections)
-    choices = Choices(_backend(groups, selections), leaves, kernels.decided(), block_size, graphs)
+    backend, block_size = _backend(groups, selections), _block_size(groups, selections)
+    choices = Choices(backend, leaves, kernels.decided(), block_size, graphs, kernels.compression())
     config = resolve(merged, facts=facts, host=host, choices=choices)
     typed = {name: each.typed for name, each in options.items()}
     events = _told(idle, tp_rank)

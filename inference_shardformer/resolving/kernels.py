@@ -14,7 +14,7 @@ from inference_shardformer.attention.spec import Reason
 from inference_shardformer.attention.survey import BACKENDS
 from inference_shardformer.compute.base import ComputeKind, ComputeSpec
 from inference_shardformer.compute.bound import KernelSelections
-from inference_shardformer.compute.linear import LinearKernel
+from inference_shardformer.compute.linear import Compression, LinearKernel
 from inference_shardformer.compute.norm import NormKernel
 from inference_shardformer.compute.registry import KERNELS
 from inference_shardformer.compute.selection import KernelSurvey, make_kernel_survey, select_kernel
@@ -42,6 +42,10 @@ class ChosenKernels(NamedTuple):
             for kind, selection in self.selections.items()
         }
 
+    def compression(self) -> Compression:
+        """How the linear kernel that was chosen keeps weights, and why."""
+        return _linear_class(self).compression(self.spec)
+
 
 def choose_kernels(
     merged: MergedConfig,
@@ -65,6 +69,7 @@ def choose_kernels(
         intermediate_size=facts.intermediate_size,
         activation=facts.activation,
         quantization=merged.inference.weights.quantization,
+        compression=merged.inference.weights.compression,
         layer_shape=policy.layer_shape,
         has_experts=policy.has_experts,
         rotary=policy.rotary,
@@ -91,8 +96,11 @@ def choose_kernels(
 
 def linear_kernel(chosen: ChosenKernels) -> LinearKernel:
     """The linear kernel that was chosen, unproven: for asking it what a weight takes."""
-    kernel_class = KERNELS[ComputeKind.LINEAR].get(chosen.selections[ComputeKind.LINEAR].name)
-    return cast("LinearKernel", kernel_class(chosen.spec))
+    return _linear_class(chosen)(chosen.spec)
+
+
+def _linear_class(chosen: ChosenKernels) -> type[LinearKernel]:
+    return cast("type[LinearKernel]", KERNELS[ComputeKind.LINEAR].get(chosen.selections[ComputeKind.LINEAR].name))
 
 
 def _fused(survey: KernelSurvey, name: str) -> frozenset[str]:

@@ -15,7 +15,7 @@ from inference_shardformer.attention.verdicts import LayerVerdicts, from_bytes, 
 from inference_shardformer.compute.bound import ComputeKernels, build_kernels
 from inference_shardformer.config.effects import ConfigEvent
 from inference_shardformer.config.model import ModelFacts
-from inference_shardformer.config.resolved import ResolvedConfig
+from inference_shardformer.config.resolved import COMPRESSION, ResolvedConfig
 from inference_shardformer.config.sources import Layers
 from inference_shardformer.distributed.all_reduce import AllReduceChoice
 from inference_shardformer.policies.base import Policy
@@ -81,6 +81,7 @@ def agreed_facts(prepared: Prepared) -> dict[str, str]:
             f"{groups.named(group)}: {selection.name}" for group, selection in enumerate(prepared.selections)
         ),
         **{decision.path: str(decision.value) for decision in prepared.config.decisions},
+        COMPRESSION: prepared.config.inference.weights.compression,  # what was asked: bits are the same either way
     }
 
 

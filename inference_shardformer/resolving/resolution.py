@@ -10,18 +10,20 @@ from typing import Literal, NamedTuple
 import torch
 
 from inference_shardformer.attention.block_size import USUAL_BLOCK_SIZE
+from inference_shardformer.compute.linear import Compression
 from inference_shardformer.config.fields import all_fields
 from inference_shardformer.config.frozen import frozen_or_text
 from inference_shardformer.config.inference import TUNED, InferenceConfig
 from inference_shardformer.config.loader import MergedConfig
 from inference_shardformer.config.model import ModelFacts
-from inference_shardformer.config.resolved import TORCH_DTYPES, Beaten, Decision, ResolvedConfig
+from inference_shardformer.config.resolved import COMPRESSION, TORCH_DTYPES, Beaten, Decision, ResolvedConfig
 from inference_shardformer.config.shard import ShardConfig
 from inference_shardformer.distributed.all_reduce import AllReduceChoice
 from inference_shardformer.errors import EnvironmentMismatchError
 
 AT_ATTACH = "decided when the engine is attached, by the memory that is free then"
 _FALLBACK_DTYPE = "fp32"
+_UNCOMPRESSED = Compression("none", "nobody said that the linear kernel compresses weights")
 
 
 class Decided(NamedTuple):
@@ -58,6 +60,7 @@ class Choices:
     kernels: Mapping[str, Decided] = field(default_factory=dict)
     block_size: tuple[int, str] = (USUAL_BLOCK_SIZE, "the usual size")
     graphs: tuple[int, str] = (0, "")  # the largest captured batch size, 0: none
+    compression: Compression = _UNCOMPRESSED
 
 
 def resolve_device(shard: ShardConfig) -> tuple[str, str]:
@@ -126,6 +129,7 @@ def resolve(merged: MergedConfig, *, facts: ModelFacts, host: HostFacts, choices
         "inference.cache.block_size": choices.block_size,
         "inference.graphs": (choices.graphs[0] or "none", choices.graphs[1]),
         "inference.scheduler.overlap": overlap,
+        COMPRESSION: choices.compression,
         "inference.cache.num_blocks": (num_blocks, AT_ATTACH),
         "inference.cache.memory_limit": memory_limit(merged.inference),
         **choices.kernels,
@@ -145,6 +149,7 @@ def resolve(merged: MergedConfig, *, facts: ModelFacts, host: HostFacts, choices
         block_size=choices.block_size[0] if asked_size == "auto" else asked_size,
         graphs=choices.graphs[0] or "none",
         overlap=overlap.value,
+        compression=choices.compression.value,
         kernels=tuple((path.rpartition(".")[2], decided.value) for path, decided in choices.kernels.items()),
     )
 

@@ -20,6 +20,9 @@ class StoresTensors(Protocol):
     def write_tensor(self, leaf: str, slab: torch.Tensor, *, row: int = 0, column: int = 0) -> None:
         """Put values at a place, in the shape that the plan gives the parameter."""
 
+    def settle_tensor(self, leaf: str) -> None:
+        """Everything is written to a parameter for now; it may be written, and settled, again."""
+
     def plain_tensor(self, leaf: str) -> torch.Tensor:
         """The values in the shape that the plan gives them."""
 
@@ -63,9 +66,17 @@ def write_parameter(model: nn.Module, name: str, slab: torch.Tensor, *, row: int
     (target.narrow(1, column, slab.shape[1]) if slab.dim() > 1 else target).copy_(slab)
 
 
+def settle_parameter(model: nn.Module, name: str) -> None:
+    """Everything is written to a parameter for now."""
+    module, leaf = _place(model, name)
+    if isinstance(module, StoresTensors):
+        module.settle_tensor(leaf)
+
+
 def set_parameter_value(model: nn.Module, name: str, plain: torch.Tensor) -> None:
     """Exchange the values of a parameter in place; `plain` has the shape that the plan gives it."""
     write_parameter(model, name, plain)
+    settle_parameter(model, name)
 
 
 def parameter_value(model: nn.Module, name: str) -> torch.Tensor:

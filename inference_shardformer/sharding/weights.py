@@ -12,7 +12,13 @@ from torch import nn
 
 from inference_shardformer.errors import CheckpointError
 from inference_shardformer.sharding.plan import ParameterPlan, ShardingPlan, SourceSlice, TensorInfo
-from inference_shardformer.sharding.storage import FollowsWeights, allocate_parameter, tie_tensor, write_parameter
+from inference_shardformer.sharding.storage import (
+    FollowsWeights,
+    allocate_parameter,
+    settle_parameter,
+    tie_tensor,
+    write_parameter,
+)
 
 Progress = Callable[[int, int], None]
 
@@ -149,6 +155,7 @@ def _fill(model: nn.Module, parameter: ParameterPlan, source: WeightSource) -> N
         first_row, column = (part.offset, 0) if part.dim == 0 else (0, part.offset)
         for row, piece in source.chunks(part):
             write_parameter(model, parameter.name, piece, row=first_row + row, column=column)
+    settle_parameter(model, parameter.name)
 
 
 def _check_complete(model: nn.Module) -> None:

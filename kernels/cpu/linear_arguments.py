@@ -9,6 +9,7 @@ import torch
 from inference_shardformer.kernels.cpu.arguments import DTYPES
 
 WEIGHT_DTYPES = {**DTYPES, torch.int8: 3}
+COMPACT_BFLOAT16 = 4
 
 _Pointer, _Size, _Int, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
@@ -35,6 +36,16 @@ class PackArgs(ctypes.Structure):
         *_fields(_Pointer, "packed scales plain"),
         *_fields(_Size, "n k row column rows columns stride group"),
         *_fields(_Int, "dtype segments"),
+    ]
+
+
+class CompactArgs(ctypes.Structure):
+    """Arguments of `linear_compress` and `linear_expand`; the struct of `src/compact.h`."""
+
+    _fields_ = [
+        *_fields(_Pointer, "plain compact exceptions needed"),
+        *_fields(_Size, "n k capacity"),
+        *_fields(_Int, "segments unused"),
     ]
 
 

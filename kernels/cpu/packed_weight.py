@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import threading
 from dataclasses import dataclass, field
 
 import torch
@@ -27,10 +27,14 @@ class WeightArena:
     """Memory for packed weights in large pieces of huge pages, which small tensors of their own could not have.
 
     A weight stays in memory as long as any weight of the same piece; pages that hold nothing are never touched.
+    Besides, it lends memory for drafts of weights, to several threads at a time; until all are loaded it keeps that.
     """
 
     def __init__(self) -> None:
         self._piece = torch.empty(0, dtype=torch.uint8)
+        self._unused: list[torch.Tensor] = []
+        self._keeps_lent = True
+        self._lock = threading.Lock()
 
     def take(self, num_bytes: int) -> torch.Tensor:
         """A `uint8` tensor of zeros, aligned to cache lines."""
@@ -39,6 +43,29 @@ class WeightArena:
             self._piece = zeroed_bytes(max(_CHUNK, rounded), huge_pages=True)
         taken, self._piece = self._piece[:num_bytes], self._piece[rounded:]
         return taken
+
+    def lend(self, num_bytes: int) -> torch.Tensor:
+        """At least so many bytes, with anything in them, until `take_back`."""
+        with self._lock:
+            fitting = [each for each in self._unused if each.numel() >= num_bytes]
+            if fitting:
+                best = min(fitting, key=torch.Tensor.numel)
+                self._unused = [each for each in self._unused if each is not best]
+                return best
+            self._unused.clear()  # too small: rather than hold more and more
+        return zeroed_bytes(num_bytes, huge_pages=num_bytes >= HUGE_PAGE)
+
+    def take_back(self, lent: torch.Tensor) -> None:
+        """What was lent is lent again, or let go."""
+        with self._lock:
+            if self._keeps_lent:
+                self._unused.append(lent)
+
+    def keep_nothing(self) -> None:
+        """Let go of what is not lent, and of what is given back from now on."""
+        with self._lock:
+            self._keeps_lent = False
+            self._unused.clear()
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +114,9 @@ class PackedWeight:
             )
         (_quantize if is_quantized else _pack)(*args)
 
+    def settle(self) -> None:
+        """Everything is written that will be: nothing to do, unless it is kept in another form."""
+
     def read(self, *, row: int = 0, num_rows: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Rows of the plain weight `[num_rows, in_features]`, bit for bit; int8 codes times scales, in `dtype`.
 
@@ -134,19 +164,15 @@ def empty_weight(
     code = WEIGHT_DTYPES.get(dtype)
     if code is None:
         raise ValueError(f"dtype={dtype} cannot be packed; choose one of {', '.join(map(str, WEIGHT_DTYPES))}")
-    if segments not in (1, 2) or out_features < 1 or in_features < 1 or out_features % segments != 0:
-        raise ValueError(
-            f"segments={segments} and shape ({out_features}, {in_features}) do not go together; the number of rows "
-            "must be a positive multiple of segments, which is 1 or 2"
-        )
+    check_sizes(out_features, in_features, segments)
     if group_size < 0 or group_size % 4 != 0 or (group_size != 0 and dtype != torch.int8):
         raise ValueError(f"group_size={group_size} is no positive multiple of 4 for int8, or 0 for one scale per row")
     if dtype == torch.int8 and in_features > _LARGEST_INT8_DEPTH:
         raise ValueError(f"in_features={in_features} is more than int8 can sum, {_LARGEST_INT8_DEPTH}; keep the type")
-    sizes = [_size(name)(code, out_features, in_features, segments) for name in ("packed_bytes", "packed_panels")]
+    num_bytes, num_panels = packed_sizes(code, out_features, in_features, segments)
     groups = -(-in_features // group_size) if group_size else 1
-    scales = torch.zeros(sizes[1], groups, 32) if dtype == torch.int8 else None
-    storage = (arena or WeightArena()).take(sizes[0]) if arena or sizes[0] >= HUGE_PAGE else _small(sizes[0])
+    scales = torch.zeros(num_panels, groups, 32) if dtype == torch.int8 else None
+    storage = (arena or WeightArena()).take(num_bytes) if arena or num_bytes >= HUGE_PAGE else _small(num_bytes)
     return PackedWeight(out_features, in_features, dtype, segments, group_size, storage, scales)
 
 
@@ -154,12 +180,9 @@ def num_bytes_of(
     out_features: int, in_features: int, *, dtype: torch.dtype, segments: int = 1, group_size: int = 0
 ) -> int:
     """What `PackedWeight.num_bytes` of such a weight will be."""
-    code = WEIGHT_DTYPES[dtype]
-    num_bytes, panels = (
-        _size(f"packed_{what}")(code, out_features, in_features, segments) for what in ("bytes", "panels")
-    )
+    num_bytes, panels = packed_sizes(WEIGHT_DTYPES[dtype], out_features, in_features, segments)
     groups = -(-in_features // group_size) if group_size else 1
-    return int(num_bytes + (panels * groups * 32 * 4 if dtype == torch.int8 else 0))
+    return num_bytes + (panels * groups * 32 * 4 if dtype == torch.int8 else 0)
 
 
 def pack(
@@ -179,9 +202,23 @@ def pack(
     return packed
 
 
-def _size(name: str) -> Callable[[int, int, int, int], int]:
+def check_sizes(out_features: int, in_features: int, segments: int) -> None:
+    """Raises `ValueError` for a shape that no weight of so many segments has."""
+    if segments not in (1, 2) or out_features < 1 or in_features < 1 or out_features % segments != 0:
+        raise ValueError(
+            f"segments={segments} and shape ({out_features}, {in_features}) do not go together; the number of rows "
+            "must be a positive multiple of segments, which is 1 or 2"
+        )
+
+
+def packed_sizes(dtype_code: int, out_features: int, in_features: int, segments: int) -> tuple[int, int]:
+    """Bytes of a packed weight without its scales, and panels of 32 rows."""
     sizes = (ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
-    return native().function(f"isf_{name}", argtypes=sizes, restype=ctypes.c_int64)
+    num_bytes, num_panels = (
+        native().function(f"isf_packed_{what}", argtypes=sizes, restype=ctypes.c_int64) for what in ("bytes", "panels")
+    )
+    shape = dtype_code, out_features, in_features, segments
+    return int(num_bytes(*shape)), int(num_panels(*shape))
 
 
 def _small(num_bytes: int) -> torch.Tensor:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from benchmarking.workloads import SHAPES
+from inference_shardformer.kernels.cpu.arguments import DTYPES
+from inference_shardformer.kernels.cpu.compact_weight import CompactWeight, can_compress, empty_compact_weight
 from inference_shardformer.kernels.cpu.library import native
 from inference_shardformer.kernels.cpu.linear import linear
 from inference_shardformer.kernels.cpu.linear_arguments import LinearArgs
@@ -19,7 +21,6 @@ from inference_shardformer.kernels.cpu.packed_weight import PackedWeight, Weight
 CREW_ROWS = (1, 2, 4, 8, 16)  # that threads share out in one native call
 MORE_ROWS = (32, 64)
 PREFILL_ROWS = 1024
-_SHARES = 8  # into which a crew cuts a thread's work
 _LINE = 64
 
 
@@ -28,12 +29,12 @@ class Layers:
     """The projections of a whole model, plain and packed, in the order in which a step reads them."""
 
     plain: list[torch.Tensor]
-    packed: list[PackedWeight]
+    forms: dict[str, list[PackedWeight]]  # "packed", and "compact" where the engine compresses
 
     @property
     def num_bytes(self) -> int:
         """Of the packed weights."""
-        return sum(weight.num_bytes for weight in self.packed)
+        return sum(weight.num_bytes for weight in self.forms["packed"])
 
 
 def report_roofline(shape: str, *, threads: int, rounds: int) -> None:
@@ -62,45 +63,55 @@ def _layers(shape: str) -> Layers:
     sizes = [(qkv, hidden), (hidden, hidden), (2 * intermediate, hidden), (hidden, intermediate)] * count
     plain = [torch.randn(size).mul_(0.02).to(torch.bfloat16) for size in (*sizes, (vocab, hidden))]
     arena = WeightArena()
-    return Layers(plain, [pack(weight, arena=arena) for weight in plain])
+    forms = {"packed": [pack(weight, arena=arena) for weight in plain]}
+    if can_compress(torch.bfloat16):
+        forms["compact"] = [_compressed(weight, arena) for weight in plain]
+    arena.keep_nothing()
+    return Layers(plain, forms)
+
+
+def _compressed(weight: torch.Tensor, arena: WeightArena) -> CompactWeight:
+    compact = empty_compact_weight(*weight.shape, is_filled=True, arena=arena)
+    compact.write(weight)
+    compact.settle()
+    return compact
 
 
 def _report_bandwidth(layers: Layers, threads: int, rounds: int) -> None:
     memory = WeightArena().take(layers.num_bytes // 4096 * 4096).fill_(1)  # or every page would be the same one
     read = native().function("isf_read_memory", argtypes=(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32))
     print(f"all linears of a step, {layers.num_bytes / 2**20:.0f} MiB of bf16 weights: GB/s, and share of a pure read")
-    print("ours in one native call, as in a decoder layer, up to 16 rows; else, and torch's, one by one from Python")
+    print("ours in one native call, as in a decoder layer, up to 16 rows; else, and torch's, one by one from Python;")
+    print("compact weights count as the bf16 that they are bit for bit: a share over 100% is more than could be read")
     for rows in (*CREW_ROWS, *MORE_ROWS):
         inputs = {weight.shape[1]: torch.randn(rows, weight.shape[1]).to(torch.bfloat16) for weight in layers.plain}
-        sides: dict[str, Callable[[], object]] = {
-            "read": lambda: read(memory.data_ptr(), memory.nbytes, threads),
-            "ours": _in_one_call(layers, inputs, threads)
-            if rows in CREW_ROWS
-            else lambda inputs=inputs: [linear(inputs[w.in_features], w) for w in layers.packed],
-            "torch": lambda inputs=inputs: [torch.nn.functional.linear(inputs[w.shape[1]], w) for w in layers.plain],
-        }
+        sides: dict[str, Callable[[], object]] = {"read": lambda: read(memory.data_ptr(), memory.nbytes, threads)}
+        for name, form in layers.forms.items():
+            sides[name] = _in_one_call(form, inputs, threads) if rows in CREW_ROWS else _one_by_one(form, inputs)
+        sides["torch"] = lambda inputs=inputs: [torch.nn.functional.linear(inputs[w.shape[1]], w) for w in layers.plain]
         seconds = _take_turns(sides, rounds)
-        speed = {name: layers.num_bytes / statistics.median(values) / 1e9 for name, values in seconds.items()}
-        share = statistics.median(a / b for a, b in zip(seconds["read"], seconds["ours"], strict=True))
-        print(
-            f"  {rows:3} rows: read {speed['read']:6.1f}   ours {speed['ours']:6.1f} ({share:4.0%})   "
-            f"torch {speed['torch']:6.1f}",
-            flush=True,
-        )
+        shown = []
+        for name, values in seconds.items():
+            share = statistics.median(a / b for a, b in zip(seconds["read"], values, strict=True))
+            speed = layers.num_bytes / statistics.median(values) / 1e9
+            shown.append(f"{name} {speed:6.1f}" + (f" ({share:4.0%})" if name in layers.forms else ""))
+        print(f"  {rows:3} rows: {'   '.join(shown)}", flush=True)
 
 
-def _in_one_call(layers: Layers, inputs: Mapping[int, torch.Tensor], threads: int) -> Callable[[], object]:
+def _one_by_one(form: list[PackedWeight], inputs: Mapping[int, torch.Tensor]) -> Callable[[], object]:
+    return lambda: [linear(inputs[weight.in_features], weight) for weight in form]
+
+
+def _in_one_call(form: list[PackedWeight], inputs: Mapping[int, torch.Tensor], threads: int) -> Callable[[], object]:
     """All layers one after the other, without Python between them."""
     run = native().function("isf_run_linears", argtypes=(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32))
     size = native().function(
         "isf_linear_workspace", argtypes=(ctypes.POINTER(LinearArgs), ctypes.c_int32), restype=ctypes.c_int64
     )
     rows = len(next(iter(inputs.values())))
-    calls = (LinearArgs * len(layers.packed))(
-        *(_arguments(weight, inputs[weight.in_features]) for weight in layers.packed)
-    )
-    out = torch.empty(rows, max(weight.out_features for weight in layers.packed), dtype=torch.bfloat16)
-    room = torch.empty(max(size(call, threads * _SHARES) for call in calls) + _LINE, dtype=torch.uint8)
+    calls = (LinearArgs * len(form))(*(_arguments(weight, inputs[weight.in_features]) for weight in form))
+    out = torch.empty(rows, max(weight.out_features for weight in form), dtype=torch.bfloat16)
+    room = torch.empty(max(size(call, threads) for call in calls) + _LINE, dtype=torch.uint8)
     for call in calls:
         call.out = out.data_ptr()
         call.workspace = -(-room.data_ptr() // _LINE) * _LINE
@@ -123,31 +134,25 @@ def _arguments(weight: PackedWeight, x: torch.Tensor) -> LinearArgs:
         ldr=weight.out_features,
         ldo=weight.out_features,
         weight_dtype=weight.dtype_code,
-        activation_dtype=weight.dtype_code,
-        out_dtype=weight.dtype_code,
+        activation_dtype=DTYPES[x.dtype],
+        out_dtype=DTYPES[x.dtype],
         segments=weight.segments,
     )
 
 
 def _report_rate(layers: Layers, rounds: int) -> None:
     """Over the projections of the layers; a prompt needs the head for its last token only."""
-    plain, packed = layers.plain[:-1], layers.packed[:-1]
+    plain = layers.plain[:-1]
     operations = 2 * PREFILL_ROWS * sum(weight.numel() for weight in plain)
     inputs = {weight.shape[1]: torch.randn(PREFILL_ROWS, weight.shape[1]).to(torch.bfloat16) for weight in plain}
-    seconds = _take_turns(
-        {
-            "ours": lambda: [linear(inputs[w.in_features], w) for w in packed],
-            "torch": lambda: [torch.nn.functional.linear(inputs[w.shape[1]], w) for w in plain],
-        },
-        rounds,
-    )
-    rate = {name: operations / statistics.median(values) / 1e9 for name, values in seconds.items()}
-    ratio = statistics.median(b / a for a, b in zip(seconds["ours"], seconds["torch"], strict=True))
-    print(
-        f"  {PREFILL_ROWS} rows: ours {rate['ours']:.0f} GFLOP/s, torch's bf16 products {rate['torch']:.0f} "
-        f"(ours x {ratio:.2f})\n",
-        flush=True,
-    )
+    sides = {name: _one_by_one(form[:-1], inputs) for name, form in layers.forms.items()}
+    sides["torch"] = lambda: [torch.nn.functional.linear(inputs[w.shape[1]], w) for w in plain]
+    seconds = _take_turns(sides, rounds)
+    shown = []
+    for name, values in seconds.items():
+        ratio = statistics.median(b / a for a, b in zip(values, seconds["torch"], strict=True))
+        shown.append(f"{name} {operations / statistics.median(values) / 1e9:.0f} (x {ratio:.2f})")
+    print(f"  {PREFILL_ROWS} rows, GFLOP/s, and by torch's bf16 products: {'   '.join(shown)}\n", flush=True)
 
 
 def _take_turns(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import torch
 
 from inference_shardformer.attention.spec import Reason
+from inference_shardformer.compute import cpu_linear
 from inference_shardformer.compute.base import ComputeCapabilities, ComputeKind, ComputeSpec
+from inference_shardformer.compute.cpu_linear import CpuLinear, compresses
 from inference_shardformer.compute.registry import contract_problem, make_registries
 from inference_shardformer.compute.selection import KernelSurvey, make_kernel_survey, select_kernel
 from inference_shardformer.compute.torch_kernels import TorchLinear, TorchNorm
@@ -23,7 +25,11 @@ NOT_BUILT = Reason("native_missing", "the native CPU kernels were never built", 
 class NativeLike(TorchLinear):
     name: ClassVar[str] = "cpu"
     capabilities: ClassVar[ComputeCapabilities] = ComputeCapabilities(
-        devices=("cpu",), dtypes=(torch.bfloat16,), quantizations=("int8",), needs_native=True
+        devices=("cpu",),
+        dtypes=(torch.bfloat16,),
+        quantizations=("int8",),
+        compressions=("lossless",),
+        needs_native=True,
     )
     fused_activations: ClassVar[frozenset[str]] = frozenset({"silu"})
 
@@ -79,6 +85,61 @@ def test_quantised_weights_are_refused_by_name_where_no_kernel_takes_them() -> N
         select_kernel(ComputeKind.LINEAR, spec, "torch", survey())
     with pytest.raises(BackendUnavailableError, match=r"int8.*quantization"):
         select_kernel(ComputeKind.LINEAR, spec, "auto", survey(NOT_BUILT))
+
+
+def test_compressed_weights_are_refused_by_name_where_no_kernel_has_them() -> None:
+    for asked in ("auto", "none", "lossless"):
+        assert select_kernel(ComputeKind.LINEAR, replace(SPEC, compression=asked), "auto", survey()).name == "cpu"
+    for asked in ("auto", "none"):
+        assert select_kernel(ComputeKind.LINEAR, replace(SPEC, compression=asked), "torch", survey()).name == "torch"
+    spec = replace(SPEC, compression="lossless")
+    with pytest.raises(BackendUnavailableError, match=r"torch has no lossless compression of weights") as refused:
+        select_kernel(ComputeKind.LINEAR, spec, "torch", survey())
+    assert refused.value.remedy == "set inference.weights.compression=auto"
+    with pytest.raises(BackendUnavailableError, match=r"never built.*torch has no lossless compression"):
+        select_kernel(ComputeKind.LINEAR, spec, "auto", survey(NOT_BUILT))
+    assert [reason.code for reason in TorchNorm.reasons(spec)] == []  # it is not about weights of linear layers
+
+
+@pytest.mark.parametrize(
+    ("changes", "gains", "message", "remedy"),
+    [
+        ({}, True, "", ""),
+        ({}, False, "the instruction-set level avx2 gains nothing", "a machine with AVX-512"),
+        ({"dtype": torch.float32}, True, "weights in float32 are not compressed", "set inference.dtype=bf16"),
+        ({"quantization": "int8"}, True, "weights in int8 are not compressed", "or inference.weights.quantization"),
+    ],
+)
+def test_the_native_kernel_compresses_where_that_gains(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], gains: bool, message: str, remedy: str
+) -> None:
+    monkeypatch.setattr(cpu_linear, "native_problem", lambda: None)
+    monkeypatch.setattr(cpu_linear, "native", lambda: SimpleNamespace(isa_level="avx2"))
+    monkeypatch.setattr(cpu_linear, "can_compress", lambda dtype, in_features: gains and dtype == torch.bfloat16)
+    spec = replace(SPEC, **changes)
+    found = CpuLinear.reasons(replace(spec, compression="lossless"))
+    assert [reason.code for reason in found] == (["compression"] if message else [])
+    for asked, value in (("auto", "none" if message else "lossless"), ("none", "none")):
+        given = replace(spec, compression=asked)
+        assert CpuLinear.reasons(given) == []
+        assert CpuLinear.compression(given).value == value
+        assert compresses(given, given.dtype) == (value == "lossless")
+    told = CpuLinear.compression(spec).reason
+    if message:
+        assert found[0].message == told
+        assert told.startswith(message)
+        assert remedy in found[0].remedy
+    else:
+        assert "12 bits" in told
+    assert not compresses(spec, torch.int8)
+    assert CpuLinear.compression(replace(spec, compression="none")).reason == "as asked"
+
+
+def test_without_native_kernels_compression_is_no_second_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_linear, "native_problem", lambda: NOT_BUILT)
+    assert CpuLinear.reasons(replace(SPEC, compression="lossless")) == []
+    on_cuda = CpuLinear.reasons(replace(SPEC, device=torch.device("cuda"), compression="lossless", quantization="int8"))
+    assert [reason.code for reason in on_cuda] == ["device"]
 
 
 def test_fusion_needs_a_linear_kernel_that_fuses_the_activation() -> None:

@@ -18,13 +18,19 @@ from inference_shardformer.attention.contract import contract_problem
 from inference_shardformer.attention.reference import ReferenceAttention
 from inference_shardformer.attention.survey import BACKENDS
 from inference_shardformer.cli.main import main
-from inference_shardformer.compute.base import ComputeKind
+from inference_shardformer.compute import cpu_linear
+from inference_shardformer.compute.base import ComputeKind, ComputeSpec
+from inference_shardformer.compute.cpu_linear import compresses
 from inference_shardformer.config.fields import all_fields
 from inference_shardformer.config.violations import ConfigViolations
-from inference_shardformer.errors import CheckpointError, TensorParallelSizeError
+from inference_shardformer.errors import BackendUnavailableError, CheckpointError, TensorParallelSizeError
 from inference_shardformer.explaining.text import aligned
+from inference_shardformer.kernels.cpu.library import native_problem
+from inference_shardformer.resolving.preparation import agreed_facts
 
 NOTHING = ConfigSources(environ={})
+COMPRESSION = "inference.weights.compression"
+needs_native = pytest.mark.skipif(native_problem() is not None, reason="there are no native kernels")
 
 
 def sets(*texts: str) -> ConfigSources:
@@ -81,6 +87,7 @@ def test_without_a_model_what_needs_one_says_so():
         "inference.max_model_len",
         "inference.attention.backend",
         "inference.graphs",
+        COMPRESSION,
         *kernels,
     }
     assert told["inference.cache.block_size"]["beaten"] == [{"value": "auto", "origin": "default", "level": "default"}]
@@ -201,6 +208,54 @@ class TestOptions:
     def test_a_declaration_that_is_none_breaks_the_contract(self, declared, problem):
         broken = type("Broken", (ToyAttention,), {"Options": declared})
         assert problem in contract_problem(broken)
+
+
+class TestCompression:
+    def told(self, folder: Path, *texts: str) -> dict:
+        return values(explain(folder, ShardConfig(tp_size=1, device="cpu"), sources=sets(*texts)))[COMPRESSION]
+
+    @needs_native
+    @pytest.mark.parametrize(
+        ("texts", "reason"),
+        [
+            (("dtype=fp32",), "weights in float32 are not compressed, only those in bfloat16"),
+            (("dtype=bf16", "weights.quantization=int8"), "weights in int8 are not compressed any further"),
+            (("dtype=bf16", "kernels.linear=torch"), "linear kernel torch compresses no weights"),
+            (("dtype=bf16", "weights.compression=none"), ""),
+        ],
+    )
+    def test_why_weights_are_kept_as_they_are(self, folder, texts, reason):
+        told = self.told(folder, *texts)
+        assert (told["value"], told["reason"]) == ("none", reason)
+        assert (told["beaten"] != []) == (not reason)
+
+    @needs_native
+    def test_a_level_that_gains_nothing_compresses_nothing_and_refuses_to(self, folder, monkeypatch):
+        monkeypatch.setattr(cpu_linear, "can_compress", lambda dtype, in_features: False)
+        told = self.told(folder, "dtype=bf16")
+        assert told["value"] == "none"
+        assert re.fullmatch(r"the instruction-set level \w+ gains nothing by compressed weights", told["reason"])
+        with pytest.raises(BackendUnavailableError, match="gains nothing by compressed weights") as refused:
+            self.told(folder, "dtype=bf16", "weights.compression=lossless")
+        assert "leave inference.weights.compression unset" in refused.value.remedy
+
+    @needs_native
+    def test_compressed_weights_are_told_offline_and_live_alike(self, folder):
+        if not compresses(ComputeSpec(torch.device("cpu"), torch.bfloat16, 8, 8), torch.bfloat16):
+            pytest.skip("this machine gains nothing by compressed weights")
+        told = self.told(folder, "dtype=bf16")
+        assert (told["value"], told["origin"]) == ("lossless", "default")
+        assert told["reason"] == "bfloat16 weights are kept in 12 bits each, and read back bit for bit"
+        assert self.told(folder, "dtype=bf16", "weights.compression=lossless")["value"] == "lossless"
+        with InferenceShardformer(ShardConfig(device="cpu"), sources=sets("dtype=bf16")) as shardformer:
+            engine = shardformer.attach(shardformer.from_pretrained(folder))
+            assert values(shardformer.explain())[COMPRESSION] == told
+            assert engine.config.get(COMPRESSION) == "lossless"
+
+    def test_each_rank_decides_for_itself(self, folder):
+        with InferenceShardformer(ShardConfig(device="cpu"), sources=sets("dtype=bf16")) as shardformer:
+            shardformer.from_pretrained(folder)
+            assert agreed_facts(shardformer._prepared)[COMPRESSION] == "auto"
 
 
 class TestText:

@@ -71,16 +71,25 @@ def test_nothing_is_joined_and_no_weight_is_read(large):
     assert report.traffic.num_bytes("token") == (1 + 2 * 30) * 4096 * 2
 
 
-@pytest.mark.parametrize(("linear", "quantization"), [("torch", None), ("cpu", None), ("cpu", "int8"), ("fp8", "fp8")])
+@pytest.mark.parametrize(
+    ("linear", "weights"),
+    [
+        ("torch", {}),
+        ("cpu", {"compression": "none"}),
+        ("cpu", {"compression": "auto"}),
+        ("cpu", {"quantization": "int8"}),
+        ("fp8", {"quantization": "fp8"}),
+    ],
+)
 @pytest.mark.parametrize("case", ["odd_vocabulary", "odd_vocabulary_tied", "biased"])
-def test_bytes_are_those_of_the_kernel_that_stores_the_weights(tmp_path, monkeypatch, case, linear, quantization):
+def test_bytes_are_those_of_the_kernel_that_stores_the_weights(tmp_path, monkeypatch, case, linear, weights):
     if linear == "cpu" and native_problem() is not None:
         pytest.skip(native_problem()[1])
     if not multiplies_on_cpu():
         monkeypatch.setattr(fp8_linear, "multiplies_on_cpu", lambda: True)
         monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
     save_tiny_model(case, tmp_path)
-    config = {"dtype": "bf16", "kernels": {"linear": linear}, "weights": {"quantization": quantization}}
+    config = {"dtype": "bf16", "kernels": {"linear": linear}, "weights": weights}
     report = plan(tmp_path, **config)
     inference = InferenceConfig.model_validate(config)
     with InferenceShardformer(ShardConfig(device="cpu"), inference, sources=NOTHING) as shardformer:
@@ -88,6 +97,36 @@ def test_bytes_are_those_of_the_kernel_that_stores_the_weights(tmp_path, monkeyp
         held = {tensor.data_ptr(): tensor.nbytes for tensor in model.parameters()}
         assert (sum(held.values()),) == report.rank_bytes == shardformer.sharded.rank_bytes
     assert sum(size for row in report.rows for size in row.num_bytes) == report.rank_bytes[0]
+
+
+@pytest.mark.skipif(native_problem() is not None, reason="the native kernels compress")
+def test_compressed_weights_take_a_quarter_less(large):
+    auto, none = (plan(large, 8, dtype="bf16", weights={"compression": each}) for each in ("auto", "none"))
+    if auto.compression.value != "lossless":
+        pytest.skip(auto.compression.reason)
+    shares = {
+        mine.name: mine.num_bytes[0] / plain.num_bytes[0] for mine, plain in zip(auto.rows, none.rows, strict=True)
+    }
+    assert {share for name, share in shares.items() if "norm" in name} == {1.0}
+    projections = [share for name, share in shares.items() if name.endswith("proj.weight")]
+    assert len(projections) == 30 * 4
+    assert all(share == pytest.approx(0.755, rel=0.01) for share in projections)
+    assert auto.rank_bytes[0] < 0.85 * none.rank_bytes[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"dtype": "bf16", "weights": {"compression": "none"}}, "as asked"),
+        ({"dtype": "bf16", "kernels": {"linear": "torch"}}, "linear kernel torch compresses no weights"),
+    ],
+)
+def test_it_says_how_weights_are_kept(folder, config, reason):
+    report = plan(folder, **config)
+    assert report.to_json()["compression"] == {"value": "none", "reason": reason}
+    lines = str(report).splitlines()
+    place = next(number for number, line in enumerate(lines) if line.startswith("weights "))
+    assert lines[place + 1].strip() == f"compression none: {reason}"
 
 
 def test_a_cache_in_fp8_takes_half(folder):

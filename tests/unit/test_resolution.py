@@ -9,6 +9,7 @@ import pytest
 from tiny_models import tiny_config
 
 from inference_shardformer.compute.base import ComputeKind
+from inference_shardformer.compute.linear import Compression
 from inference_shardformer.config.fields import all_fields
 from inference_shardformer.config.inference import InferenceConfig
 from inference_shardformer.config.loader import load_config
@@ -34,7 +35,8 @@ def _resolve(
 ) -> ResolvedConfig:
     merged = load_config(ConfigSources(environ={}, sets=sets), inference=InferenceConfig.model_validate(inference))
     kernels = {f"inference.kernels.{kind.value}": Decided("torch", "the first") for kind in ComputeKind}
-    choices = Choices(Decided("sdpa", "the first"), {"inference.attention.options.sdpa.tile": 4}, kernels)
+    options = {"inference.attention.options.sdpa.tile": 4}
+    choices = Choices(Decided("sdpa", "the first"), options, kernels, compression=Compression("lossless", "it can"))
     return resolve(merged, facts=facts, host=host, choices=choices)
 
 
@@ -75,6 +77,14 @@ def test_values_that_are_beaten_need_no_hash(facts: ModelFacts) -> None:
 @pytest.mark.parametrize(("checkpoint", "expected"), [("bf16", "bf16"), ("fp16", "fp16"), (None, "fp32")])
 def test_auto_dtype_is_the_checkpoints(facts: ModelFacts, checkpoint: str | None, expected: str) -> None:
     assert resolve_dtype(InferenceConfig(), replace(facts, checkpoint_dtype=checkpoint)).value == expected
+
+
+def test_what_the_linear_kernel_says_of_compression_is_decided(facts: ModelFacts) -> None:
+    config = _resolve(facts)
+    decision = config.decision("inference.weights.compression")
+    assert (decision.value, decision.reason) == ("lossless", "it can")
+    assert (config.compression, ConfigSnapshot(0, config).inference.weights.compression) == ("lossless", "lossless")
+    assert config.inference.weights.compression == "auto"
 
 
 def test_named_values_win_and_need_no_reason(facts: ModelFacts) -> None:

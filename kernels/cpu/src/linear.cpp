@@ -19,6 +19,7 @@ void linear_body(const LinearArgs& args, Team& team) {
     case kFloat32: return kernels.fp32(args, team);
     case kBFloat16: return kernels.bf16(args, team);
     case kFloat16: return kernels.fp16(args, team);
+    case kCompactBFloat16: return kernels.compact_bf16(args, team);
     default: return kernels.int8(args, team);
   }
 }
@@ -28,8 +29,11 @@ int64_t linear_workspace(const LinearArgs& args, int threads) {
   const int64_t rows = round_up(args.m, 16), depth = round_up(args.k, 64);
   const int64_t groups = args.group == 0 ? 1 : (args.k + args.group - 1) / args.group;
   const int64_t copy = rows * depth * 4 + rows * 64 + round_up(rows * groups * 8, 64);
-  if (args.m > kFewRows) return threads * (depth * 32 + blocking_of(args.m, args.k).bytes()) + copy;
-  return threads * depth * 4 + (args.m <= 16 ? threads : 1) * copy;
+  if (args.m > kFewRows) {
+    const Blocking blocking = blocking_of(args.m, args.k);
+    return threads * (depth * 32 + blocking.bytes() + blocking.expanded_bytes(args.weight_dtype, args.k)) + copy;
+  }
+  return threads * depth * 4 + (args.m <= kCrewRows ? threads : 1) * copy;
 }
 
 namespace {
@@ -88,8 +92,7 @@ ISF_EXPORT int32_t isf_linear(const isf::LinearArgs* args, int32_t threads) {
   isf::LinearArgs own = *args;
   const int team = isf::threads_for(own.n * own.k * (own.weight_dtype == isf::kInt8 ? 1 : 2), threads);
   const bool is_crew = team > 1 && own.m <= isf::kCrewRows;
-  const int shares = is_crew ? team * isf::kSharesOfThread : team;
-  if (own.workspace == nullptr) own.workspace = workspace.at_least(isf::linear_workspace(own, shares));
+  if (own.workspace == nullptr) own.workspace = workspace.at_least(isf::linear_workspace(own, team));
   if (own.workspace == nullptr) return -1;
   if (is_crew) {
     isf::run_as_crew(&own, 1, team);
@@ -100,7 +103,7 @@ ISF_EXPORT int32_t isf_linear(const isf::LinearArgs* args, int32_t threads) {
 }
 
 // Layers of at most 16 rows that follow one another, as those of a step do, in one team: to be timed. All have a
-// workspace for `threads` times 8 shares.
+// workspace for `threads`.
 ISF_EXPORT int32_t isf_run_linears(const isf::LinearArgs* layers, int64_t count, int32_t threads) {
   isf::run_as_crew(layers, count, threads);
   return 0;

@@ -22,7 +22,7 @@ struct LinearArgs {
   int64_t m, n, k;
   int64_t ldx, ldr, ldo;
   int64_t group;  // int8 only: elements of k that share a scale; 0: all
-  int32_t weight_dtype, activation_dtype;  // equal, but for int8 weights
+  int32_t weight_dtype, activation_dtype;  // equal, but for int8 and compact weights
   int32_t out_dtype;                       // activation_dtype or float32
   int32_t segments;                        // 2: the weight holds gate rows and up rows
   int32_t epilogue;
@@ -47,6 +47,7 @@ struct LinearKernels {
   void (*bf16)(const LinearArgs&, Team&);
   void (*fp16)(const LinearArgs&, Team&);
   void (*int8)(const LinearArgs&, Team&);
+  void (*compact_bf16)(const LinearArgs&, Team&);
 };
 
 }  // namespace isf

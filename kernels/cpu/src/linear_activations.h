@@ -26,6 +26,7 @@ struct Activations {
   int32_t* row_sums;  // int8 only: [m][groups][2], sums of both digits
   void* row;          // room for one row, per thread; for 16 of bf16 where there are many rows
   float* sums;        // sums of the slices of k so far, per thread; only where there are many rows
+  char* expanded;     // panels of compact weights, per thread, 64-byte aligned; only where there are many rows
 };
 
 ISF_INLINE int64_t num_groups(const LinearArgs& args) {
@@ -37,16 +38,22 @@ ISF_INLINE Activations activations_at(const LinearArgs& args, const Team& team) 
   const bool is_blocked = args.m > kFewRows;
   const int64_t row_bytes = depth * (is_blocked ? 32 : 4), data_bytes = rows * depth * 4;
   const int64_t copy_bytes = data_bytes + rows * 64 + round_up(rows * num_groups(args) * 8, 64);
-  char* base = static_cast<char*>(args.workspace) + team.thread * row_bytes;
+  const bool is_private = args.m <= kPrivateRows;  // then each thread has a row and a copy, one behind the other
+  char* base = static_cast<char*>(args.workspace) + team.thread * (row_bytes + (is_private ? copy_bytes : 0));
   Activations out;
   out.row = base;
-  base = static_cast<char*>(args.workspace) + team.size * row_bytes;
-  if (args.m <= kPrivateRows) base += team.thread * copy_bytes;
+  base = is_private ? base + row_bytes : static_cast<char*>(args.workspace) + team.size * row_bytes;
   out.data = base;
   out.row_scales = reinterpret_cast<float*>(base + data_bytes);
   out.row_sums = reinterpret_cast<int32_t*>(base + data_bytes + rows * 64);
-  out.sums = is_blocked ? reinterpret_cast<float*>(base + copy_bytes + team.rank * blocking_of(args.m, args.k).bytes())
-                        : nullptr;
+  out.sums = nullptr;
+  out.expanded = nullptr;
+  if (is_blocked) {
+    const Blocking blocking = blocking_of(args.m, args.k);
+    base += copy_bytes + team.rank * (blocking.bytes() + blocking.expanded_bytes(args.weight_dtype, args.k));
+    out.sums = reinterpret_cast<float*>(base);
+    out.expanded = base + blocking.bytes();
+  }
   return out;
 }
 

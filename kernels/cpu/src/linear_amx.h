@@ -5,6 +5,7 @@
 // the number of rows: the same instructions serve one row and thousands.
 #pragma once
 #include "linear_int8.h"
+#include "linear_panels.h"
 
 namespace isf {
 namespace ISF_LEVEL {
@@ -28,15 +29,10 @@ ISF_INLINE void configure_tiles(int64_t upper, int64_t lower) {
 
 constexpr int64_t kTileBytes = 1024;
 
-// A stretch of k.
-struct Slice {
-  int64_t k, depth;
-  bool is_first, is_last;
-};
-
+template <class Steps>
 class TileFormat {
  public:
-  static constexpr int64_t kRows = 32, kStepBytes = 2 * kTileBytes;
+  static constexpr int64_t kRows = 32, kStepBytes = Steps::kStepBytes;
 
   TileFormat(const LinearArgs& args, const PackedLayout& layout, const Activations& to)
       : args_(args), depth_(layout.k_padded), to_(to) {
@@ -84,11 +80,12 @@ class TileFormat {
     }
   }
 
-  // One slice of k. What is read again soon, a panel or the rows, stays in the first-level cache, and the other is
-  // loaded past it. Sums of the slices before come from `waiting`, which may be `sums`.
-  template <bool kKeepsPanel>
+  // One slice of k of a plain panel. What is read again soon, a panel or the rows, stays in the first-level cache, and
+  // the other is loaded past it. Sums of the slices before come from `waiting`, which may be `sums`. Every step brings
+  // on `meanwhile` by one.
+  template <bool kKeepsPanel, class Meanwhile>
   ISF_MEMBER void multiply_slice(const Block& block, const Slice& slice, const char* weight, Ahead ahead,
-                                 Unfinished& unfinished, const float* waiting, float* sums) {
+                                 Meanwhile& meanwhile, Unfinished& unfinished, const float* waiting, float* sums) {
     configure(block.rows);
     const char* upper = rows_ + block.row * row_bytes_ + slice.k / 32 * step_;
     const char* lower = upper + (block.rows > 16 ? 16 * row_bytes_ : 0);
@@ -103,8 +100,9 @@ class TileFormat {
       _tile_loadd(2, waiting + 16 * 32, 128);
       _tile_loadd(3, waiting + 16 * 32 + 16, 128);
     }
-    for (int64_t c = 0; c < slice.depth; c += 32, upper += step_, lower += step_, weight += kStepBytes) {
+    for (int64_t c = 0; c < slice.depth; c += 32, upper += step_, lower += step_, weight += kExpandedStepBytes) {
       fetch(ahead);
+      meanwhile.step();
       if (kKeepsPanel) {
         _tile_stream_loadd(4, upper, stride_);
         _tile_loadd(6, weight, 128);
@@ -144,12 +142,14 @@ class TileFormat {
     configure_tiles(std::min<int64_t>(rows, 16), std::max<int64_t>(rows - 16, 1));
   }
 
-  ISF_MEMBER void multiply_one(const char* upper, const char* weight, Ahead& ahead, Unfinished& unfinished,
+  ISF_MEMBER void multiply_one(const char* upper, const char* panel, Ahead& ahead, Unfinished& unfinished,
                                float* sums) const {
+    Steps source(panel, depth_ / 32);
     _tile_zero(0);
     _tile_zero(1);
-    for (int64_t c = 0; c < depth_; c += 32, upper += step_, weight += kStepBytes) {
-      fetch(ahead);
+    for (int64_t c = 0; c < depth_; c += 32, upper += step_) {
+      if (!Steps::kFetches) fetch(ahead);
+      const char* weight = source.next();
       _tile_loadd(4, upper, stride_);
       _tile_loadd(6, weight, 128);
       _tile_loadd(7, weight + 64, 128);
@@ -161,14 +161,16 @@ class TileFormat {
     _tile_stored(1, sums + 16, 128);
   }
 
-  ISF_MEMBER void multiply_two(const char* upper, const char* lower, const char* weight, Ahead& ahead,
+  ISF_MEMBER void multiply_two(const char* upper, const char* lower, const char* panel, Ahead& ahead,
                                Unfinished& unfinished, float* sums) const {
+    Steps source(panel, depth_ / 32);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t c = 0; c < depth_; c += 32, upper += step_, lower += step_, weight += kStepBytes) {
-      fetch(ahead);
+    for (int64_t c = 0; c < depth_; c += 32, upper += step_, lower += step_) {
+      if (!Steps::kFetches) fetch(ahead);
+      const char* weight = source.next();
       _tile_loadd(4, upper, stride_);
       _tile_stream_loadd(6, weight, 128);
       _tile_stream_loadd(7, weight + 64, 128);

@@ -10,21 +10,24 @@ namespace ISF_LEVEL {
 namespace {
 
 // rows: [k_padded / 2][R] pairs.
-template <int R>
-void multiply_pairs(const uint32_t* rows, const char* weight, int64_t steps, Ahead ahead, float* sums) {
+template <class Steps, int R>
+void multiply_pairs(const uint32_t* rows, const char* panel, int64_t pairs, Ahead ahead, float* sums) {
+  constexpr int64_t kPairs = Steps::kPlainBytes / 128;
+  Steps source(panel, pairs / kPairs);
   __m512 acc[R][2];
   for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
-  for (int64_t step = 0; step < steps; ++step) {
-    fetch(ahead);
-    const __m512bh first = reinterpret_cast<__m512bh>(_mm512_load_si512(weight));
-    const __m512bh second = reinterpret_cast<__m512bh>(_mm512_load_si512(weight + 64));
-    for (int r = 0; r < R; ++r) {
-      const __m512bh pair = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(rows[r])));
-      acc[r][0] = _mm512_dpbf16_ps(acc[r][0], pair, first);
-      acc[r][1] = _mm512_dpbf16_ps(acc[r][1], pair, second);
+  for (int64_t done = 0; done < pairs; done += kPairs) {
+    if (!Steps::kFetches) fetch(ahead);
+    const char* weight = source.next();
+    for (int64_t i = 0; i < kPairs; ++i, rows += R, weight += 128) {
+      const __m512bh first = reinterpret_cast<__m512bh>(_mm512_load_si512(weight));
+      const __m512bh second = reinterpret_cast<__m512bh>(_mm512_load_si512(weight + 64));
+      for (int r = 0; r < R; ++r) {
+        const __m512bh pair = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(rows[r])));
+        acc[r][0] = _mm512_dpbf16_ps(acc[r][0], pair, first);
+        acc[r][1] = _mm512_dpbf16_ps(acc[r][1], pair, second);
+      }
     }
-    rows += R;
-    weight += 128;
   }
   for (int r = 0; r < R; ++r) {
     _mm512_store_ps(sums + r * 32, acc[r][0]);
@@ -32,9 +35,10 @@ void multiply_pairs(const uint32_t* rows, const char* weight, int64_t steps, Ahe
   }
 }
 
+template <class Steps>
 class PairFormat {
  public:
-  static constexpr int64_t kRows = kVectorRows, kStepBytes = 128;
+  static constexpr int64_t kRows = kVectorRows, kStepBytes = Steps::kStepBytes;
 
   PairFormat(const LinearArgs& args, const PackedLayout& layout, const Activations& to)
       : args_(args), depth_(layout.k_padded), to_(to) {}
@@ -59,7 +63,7 @@ class PairFormat {
   using Function = void (*)(const uint32_t*, const char*, int64_t, Ahead, float*);
   template <int... R>
   ISF_MEMBER static Function find(int64_t rows, std::integer_sequence<int, R...>) {
-    static constexpr Function kTable[] = {multiply_pairs<R + 1>...};
+    static constexpr Function kTable[] = {multiply_pairs<Steps, R + 1>...};
     return kTable[rows - 1];
   }
 

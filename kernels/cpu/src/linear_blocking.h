@@ -17,6 +17,12 @@ struct Blocking {
 
   // Of the sums that wait, in bytes, per thread.
   ISF_MEMBER int64_t bytes() const { return panels * (keeps_rows ? 32 : rows) * kPanelColumns * 4; }
+  // Of expanded weights, where they are compact, per thread: a group of panels where rows are kept, else one slice and
+  // the next.
+  ISF_MEMBER int64_t expanded_bytes(int32_t weight_dtype, int64_t k) const {
+    if (weight_dtype != kCompactBFloat16) return 0;
+    return (keeps_rows ? panels * round_up(k, 32) : 2 * depth) * kPanelColumns * 2;
+  }
 };
 
 constexpr int64_t kFewRows = 32;  // up to here a panel is read once, for all rows together

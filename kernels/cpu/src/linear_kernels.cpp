@@ -18,8 +18,13 @@ namespace {
 
 #if defined(__AMX_TILE__)
 void tiles(const LinearArgs& args, Team& team) {
-  if (args.m > kFewRows) return BlockedProduct(args, team).run(team);
-  run_linear<TileFormat>(args, team);
+  if (args.m > kFewRows) return BlockedProduct<PlainPanels>(args, team).run(team);
+  run_linear<TileFormat<PlainSteps<kExpandedStepBytes>>>(args, team);
+}
+
+void compact_tiles(const LinearArgs& args, Team& team) {
+  if (args.m > kFewRows) return BlockedProduct<CompactPanels>(args, team).run(team);
+  run_linear<TileFormat<CompactSteps>>(args, team);
 }
 
 // Tiles hold 64 values of k, so that smaller groups are left to vectors.
@@ -28,11 +33,17 @@ void digit_tiles(const LinearArgs& args, Team& team) {
   digits(args, team);
 }
 #elif defined(__AVX512BF16__)
-void pairs(const LinearArgs& args, Team& team) { run_linear<PairFormat>(args, team); }
+void pairs(const LinearArgs& args, Team& team) { run_linear<PairFormat<PlainSteps<128>>>(args, team); }
+
+void compact_pairs(const LinearArgs& args, Team& team) { run_linear<PairFormat<CompactSteps>>(args, team); }
 #else
 template <class Weight>
 void vectors(const LinearArgs& args, Team& team) {
   run_linear<VectorFormat<Weight>>(args, team);
+}
+
+void compact_vectors(const LinearArgs& args, Team& team) {
+  run_linear<VectorFormat<Bf16Weight, CompactSteps>>(args, team);
 }
 #endif
 
@@ -40,11 +51,11 @@ void vectors(const LinearArgs& args, Team& team) {
 
 extern const LinearKernels linear_kernels = {
 #if defined(__AMX_TILE__)
-    nullptr, tiles, nullptr, digit_tiles,
+    nullptr, tiles, nullptr, digit_tiles, compact_tiles,
 #elif defined(__AVX512BF16__)
-    nullptr, pairs, nullptr, nullptr,
+    nullptr, pairs, nullptr, nullptr, compact_pairs,
 #else
-    vectors<Fp32Weight>, vectors<Bf16Weight>, vectors<Fp16Weight>, digits,
+    vectors<Fp32Weight>, vectors<Bf16Weight>, vectors<Fp16Weight>, digits, compact_vectors,
 #endif
 };
 

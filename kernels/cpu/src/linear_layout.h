@@ -4,10 +4,12 @@
 // read once from front to back: [panel][k / u][half: 2][lane: 16][u], where u is 2 for bf16 and 4 for int8 (the operand
 // of their dot-product instructions, and a row of a tile) and 1 for fp32 and fp16. Panel p holds the rows
 // 32p .. 32p + 31; with two segments (gate and up), half h of panel p holds rows 16p .. 16p + 15 of segment h, so that a
-// panel yields both factors of the same outputs. Rows are padded with zeros, k to a multiple of `depth`.
+// panel yields both factors of the same outputs. Rows are padded with zeros, k to a multiple of `depth`. Compact panels
+// (compact.h) hold what panels of bf16 do, in their order.
 #pragma once
 #include <cstdint>
 
+#include "compact.h"
 #include "level.h"
 #include "types.h"
 
@@ -51,13 +53,15 @@ ISF_INLINE PackedLayout packed_layout(int32_t dtype, int64_t n, int64_t k, int64
   out.k = k;
   out.segments = segments;
   out.segment_rows = n / segments;
-  out.unit = dtype == kBFloat16 ? 2 : dtype == kInt8 ? 4 : 1;
+  const bool is_bf16 = dtype == kBFloat16 || dtype == kCompactBFloat16;
+  out.unit = is_bf16 ? 2 : dtype == kInt8 ? 4 : 1;
   out.element = dtype == kFloat32 ? 4 : dtype == kInt8 ? 1 : 2;
-  const int64_t depth = dtype == kBFloat16 ? 32 : out.unit;
+  const int64_t depth = is_bf16 ? 32 : out.unit;
   out.k_padded = round_up(k, depth);
   const int64_t halves = segments * ((out.segment_rows + kHalf - 1) / kHalf);
   out.panels = (halves + 1) / 2;
-  out.panel_bytes = out.k_padded * kPanelColumns * out.element;
+  out.panel_bytes = dtype == kCompactBFloat16 ? compact_panel_bytes(out.k_padded)
+                                              : out.k_padded * kPanelColumns * out.element;
   return out;
 }
 

@@ -204,6 +204,11 @@ void gather_rows(const PackedEmbeddingArgs& args, Team& team) {
       std::fill(out, out + args.k, T(0));
       continue;
     }
+    if (args.dtype == kCompactBFloat16) {
+      const char* panel = static_cast<const char*>(args.packed) + row / kPanelColumns * layout.panel_bytes;
+      compact_row(panel, row % kPanelColumns / kHalf, row % kHalf, args.k, reinterpret_cast<uint16_t*>(out));
+      continue;
+    }
     const T* packed = static_cast<const T*>(args.packed) +
                       layout.first_element(row / kPanelColumns, row % kPanelColumns / kHalf, row % kHalf);
     for (int64_t c = 0; c < args.k; c += layout.unit, packed += kPanelColumns * layout.unit) {

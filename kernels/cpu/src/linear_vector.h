@@ -4,6 +4,7 @@
 #pragma once
 #include <utility>
 
+#include "compact_steps.h"
 #include "linear_driver.h"
 
 namespace isf {
@@ -20,16 +21,16 @@ constexpr int kVectorRows = 1;
 #endif
 constexpr int kVectors = static_cast<int>(kPanelColumns) / kLanes;
 
-// A type of weight: how many values of k a step takes, and value `j` of a step as floats.
+// A type of weight: how many values of k lie together, and value `j` of them as floats.
 struct Fp32Weight {
-  static constexpr int kUnit = 1, kBytes = 4;
+  static constexpr int kUnit = 1, kUnitBytes = 4 * kPanelColumns;
   ISF_MEMBER static Vec value(const char* weight, int vector, int) {
     return load(reinterpret_cast<const float*>(weight) + vector * kLanes);
   }
 };
 
 struct Bf16Weight {
-  static constexpr int kUnit = 2, kBytes = 2;
+  static constexpr int kUnit = 2, kUnitBytes = 4 * kPanelColumns;
   ISF_MEMBER static Vec value(const char* weight, int vector, int j) {
     BitVec pair;
     std::memcpy(&pair, weight + vector * kLanes * 4, sizeof pair);
@@ -38,47 +39,49 @@ struct Bf16Weight {
 };
 
 struct Fp16Weight {
-  static constexpr int kUnit = 1, kBytes = 2;
+  static constexpr int kUnit = 1, kUnitBytes = 2 * kPanelColumns;
   ISF_MEMBER static Vec value(const char* weight, int vector, int) {
     return load(reinterpret_cast<const fp16*>(weight) + vector * kLanes);
   }
 };
 
 // rows: [k_padded][R] floats.
-template <class Weight, int R>
-void multiply_vectors(const float* rows, const char* weight, int64_t steps, Ahead ahead, float* sums) {
+template <class Weight, class Steps, int R>
+void multiply_vectors(const float* rows, const char* panel, int64_t units, Ahead ahead, float* sums) {
+  constexpr int64_t kUnitBytes = Weight::kUnitBytes, kUnits = Steps::kPlainBytes / kUnitBytes;
+  Steps source(panel, units / kUnits);
   Vec acc[R][kVectors] = {};
-  for (int64_t step = 0; step < steps; ++step) {
-    fetch(ahead);
-    for (int j = 0; j < Weight::kUnit; ++j) {
-      Vec factor[kVectors];
-      for (int v = 0; v < kVectors; ++v) factor[v] = Weight::value(weight, v, j);
-      for (int r = 0; r < R; ++r) {
-        for (int v = 0; v < kVectors; ++v) acc[r][v] += rows[j * R + r] * factor[v];
+  for (int64_t done = 0; done < units; done += kUnits) {
+    if (!Steps::kFetches) fetch(ahead);
+    const char* weight = source.next();
+    for (int64_t i = 0; i < kUnits; ++i, rows += Weight::kUnit * R, weight += kUnitBytes) {
+      for (int j = 0; j < Weight::kUnit; ++j) {
+        Vec factor[kVectors];
+        for (int v = 0; v < kVectors; ++v) factor[v] = Weight::value(weight, v, j);
+        for (int r = 0; r < R; ++r) {
+          for (int v = 0; v < kVectors; ++v) acc[r][v] += rows[j * R + r] * factor[v];
+        }
       }
     }
-    rows += Weight::kUnit * R;
-    weight += Weight::kUnit * Weight::kBytes * kPanelColumns;
   }
   std::memcpy(sums, acc, sizeof acc);
 }
 
 // The function for each number of rows, from a template over it.
-template <class Weight>
+template <class Weight, class Steps>
 struct VectorFunctions {
   using Function = void (*)(const float*, const char*, int64_t, Ahead, float*);
   template <int... R>
   ISF_MEMBER static Function find(int64_t rows, std::integer_sequence<int, R...>) {
-    static constexpr Function kTable[] = {multiply_vectors<Weight, R + 1>...};
+    static constexpr Function kTable[] = {multiply_vectors<Weight, Steps, R + 1>...};
     return kTable[rows - 1];
   }
 };
 
-template <class Weight>
+template <class Weight, class Steps = PlainSteps<Weight::kUnitBytes>>
 class VectorFormat {
  public:
-  static constexpr int64_t kRows = kVectorRows;
-  static constexpr int64_t kStepBytes = Weight::kUnit * Weight::kBytes * kPanelColumns;
+  static constexpr int64_t kRows = kVectorRows, kStepBytes = Steps::kStepBytes;
 
   VectorFormat(const LinearArgs& args, const PackedLayout& layout, const Activations& to)
       : args_(args), depth_(layout.k_padded), to_(to) {}
@@ -95,7 +98,7 @@ class VectorFormat {
   }
 
   ISF_MEMBER void multiply(const Block& block, const char* weight, const Ahead& ahead, Unfinished&, float* sums) {
-    const auto function = VectorFunctions<Weight>::find(block.rows, std::make_integer_sequence<int, kVectorRows>());
+    const auto function = VectorFunctions<Weight, Steps>::find(block.rows, std::make_integer_sequence<int, kVectorRows>());
     function(reinterpret_cast<const float*>(to_.data) + block.row * depth_, weight, depth_ / Weight::kUnit, ahead, sums);
   }
 

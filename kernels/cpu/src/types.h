@@ -7,7 +7,7 @@
 
 namespace isf {
 
-enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3 };
+enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kCompactBFloat16 = 4 };
 
 struct bf16 {
   uint16_t bits;
