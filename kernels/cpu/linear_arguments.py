@@ -26,6 +26,7 @@ class LinearArgs(ctypes.Structure):
         *_fields(_Size, "m n k x_stride residual_stride out_stride group"),
         *_fields(_Int, "weight_dtype activation_dtype out_dtype segments epilogue norm_rounds"),
         *_fields(_Float, "norm_eps norm_offset"),
+        *_fields(_Int, "stage unused"),
     ]
 
 

@@ -24,7 +24,7 @@ from inference_shardformer.sharding.storage import parameter_value
 PROMPT_TOKENS, NEW_TOKENS = 24, 24
 BF16_ROUNDING = 2**-8
 SETTINGS: dict[str, dict[str, object]] = {
-    "kept": {},
+    "kept": {"weights": {"compression": "none"}},
     "int8": {"weights": {"quantization": "int8"}},
     "fp8": {"weights": {"quantization": "fp8"}},
     "fp8_cache": {"cache": {"num_blocks": 128, "dtype": "fp8"}},

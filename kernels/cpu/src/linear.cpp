@@ -33,7 +33,7 @@ int64_t linear_workspace(const LinearArgs& args, int threads) {
     const Blocking blocking = blocking_of(args.m, args.k);
     return threads * (depth * 32 + blocking.bytes() + blocking.expanded_bytes(args.weight_dtype, args.k)) + copy;
   }
-  return threads * depth * 4 + (args.m <= kCrewRows ? threads : 1) * copy;
+  return threads * depth * 4 + (args.m <= kPrivateRows ? threads : 1) * copy;
 }
 
 namespace {
@@ -91,7 +91,7 @@ ISF_EXPORT int32_t isf_linear(const isf::LinearArgs* args, int32_t threads) {
   static thread_local isf::Workspace workspace;
   isf::LinearArgs own = *args;
   const int team = isf::threads_for(own.n * own.k * (own.weight_dtype == isf::kInt8 ? 1 : 2), threads);
-  const bool is_crew = team > 1 && own.m <= isf::kCrewRows;
+  const bool is_crew = team > 1 && own.m <= isf::kPrivateRows;
   if (own.workspace == nullptr) own.workspace = workspace.at_least(isf::linear_workspace(own, team));
   if (own.workspace == nullptr) return -1;
   if (is_crew) {

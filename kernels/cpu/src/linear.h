@@ -9,6 +9,9 @@ namespace isf {
 
 enum Epilogue : int32_t { kPlain = 0, kSiluGate = 1, kGeluGate = 2 };
 
+// A crew has no barrier inside an operation: it prepares many rows in one, and multiplies them in another one.
+enum Stage : int32_t { kWhole = 0, kPrepareRows = 1, kMultiply = 2 };
+
 // All leading dimensions count elements. Null pointers: no such operand.
 struct LinearArgs {
   const void* x;            // [m, k] of activation_dtype
@@ -29,13 +32,16 @@ struct LinearArgs {
   int32_t norm_rounds;  // whether the normalised value is rounded before it meets the weight
   float norm_eps;
   float norm_offset;  // added to norm_weight
+  int32_t stage, unused;
 };
 
-// Up to so many rows no thread waits for another one inside `linear_body`: shares of it can run one after the other.
-constexpr int64_t kCrewRows = 16;
+// Up to so many rows every thread prepares all of them for itself, which is cheaper than waiting for the others; there
+// is nothing to do in `kPrepareRows`.
+constexpr int64_t kPrivateRows = 16;
+constexpr int64_t kCrewRows = kPrivateRows;
 
-// Runs on every thread of the team, which shares out the columns; ends without a barrier. The result of a row does not
-// depend on the other rows or on the number of threads.
+// Runs on every thread of the team, which shares out the columns; ends without a barrier. In `kPrepareRows` it shares out
+// the rows, 16 of them together. The result of a row does not depend on the other rows or on the number of threads.
 void linear_body(const LinearArgs& args, Team& team);
 
 // The size of the workspace that `linear_body` needs for a team of `threads`.

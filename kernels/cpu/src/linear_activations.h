@@ -17,9 +17,6 @@ namespace isf {
 namespace ISF_LEVEL {
 namespace {
 
-// Up to here every thread packs all rows for itself, which is cheaper than waiting for the others.
-constexpr int64_t kPrivateRows = kCrewRows;
-
 struct Activations {
   char* data;         // blocks of rows; the kernel knows their inside
   float* row_scales;  // int8 only: [m]
@@ -33,27 +30,25 @@ ISF_INLINE int64_t num_groups(const LinearArgs& args) {
   return args.group == 0 ? 1 : (args.k + args.group - 1) / args.group;
 }
 
+// The rows come first, where threads share them; then what each thread has for itself, by its number.
 ISF_INLINE Activations activations_at(const LinearArgs& args, const Team& team) {
   const int64_t rows = round_up(args.m, 16), depth = round_up(args.k, 64);
-  const bool is_blocked = args.m > kFewRows;
+  const bool is_blocked = args.m > kFewRows, is_private = args.m <= kPrivateRows;
+  const Blocking blocking = is_blocked ? blocking_of(args.m, args.k) : Blocking{};
   const int64_t row_bytes = depth * (is_blocked ? 32 : 4), data_bytes = rows * depth * 4;
   const int64_t copy_bytes = data_bytes + rows * 64 + round_up(rows * num_groups(args) * 8, 64);
-  const bool is_private = args.m <= kPrivateRows;  // then each thread has a row and a copy, one behind the other
-  char* base = static_cast<char*>(args.workspace) + team.thread * (row_bytes + (is_private ? copy_bytes : 0));
+  const int64_t own_bytes =
+      is_blocked ? blocking.bytes() + blocking.expanded_bytes(args.weight_dtype, args.k) : is_private ? copy_bytes : 0;
+  char* base = static_cast<char*>(args.workspace);
+  char* own = base + (is_private ? 0 : copy_bytes) + team.thread * (row_bytes + own_bytes);
+  if (is_private) base = own + row_bytes;
   Activations out;
-  out.row = base;
-  base = is_private ? base + row_bytes : static_cast<char*>(args.workspace) + team.size * row_bytes;
+  out.row = own;
   out.data = base;
   out.row_scales = reinterpret_cast<float*>(base + data_bytes);
   out.row_sums = reinterpret_cast<int32_t*>(base + data_bytes + rows * 64);
-  out.sums = nullptr;
-  out.expanded = nullptr;
-  if (is_blocked) {
-    const Blocking blocking = blocking_of(args.m, args.k);
-    base += copy_bytes + team.rank * (blocking.bytes() + blocking.expanded_bytes(args.weight_dtype, args.k));
-    out.sums = reinterpret_cast<float*>(base);
-    out.expanded = base + blocking.bytes();
-  }
+  out.sums = is_blocked ? reinterpret_cast<float*>(own + row_bytes) : nullptr;
+  out.expanded = is_blocked ? own + row_bytes + blocking.bytes() : nullptr;
   return out;
 }
 
@@ -119,19 +114,21 @@ template <class Pack>
 ISF_INLINE void pack_rows(const LinearArgs& args, Team& team, Pack pack) {
   int64_t first = 0, last = args.m;
   const bool is_shared = args.m > kPrivateRows;
-  if (team.is_again && !is_shared) return;
+  const bool is_other_stage = is_shared ? args.stage == kMultiply : args.stage == kPrepareRows;
+  if (is_other_stage || (!is_shared && team.is_again)) return;
   if (is_shared) team.part(args.m, 1, &first, &last);
   for (int64_t i = first; i < last; ++i) pack(i);
-  if (is_shared) team.barrier();
+  if (is_shared && args.stage == kWhole) team.barrier();
 }
 
 // As pack_rows, for a kernel that takes up to 16 rows at once: calls `pack(first, last)`.
 template <class Pack>
 ISF_INLINE void pack_row_blocks(const LinearArgs& args, Team& team, Pack pack) {
+  if (args.stage == kMultiply) return;
   int64_t first, last;
   team.part(args.m, 16, &first, &last);
   for (; first < last; first += 16) pack(first, std::min(first + 16, last));
-  team.barrier();
+  if (args.stage == kWhole) team.barrier();
 }
 
 // Rows quantised to 15 bits as two digits: x[c] is about scale * (128 * high[c] + low[c]), |high| <= 127, |low| <= 64,

@@ -26,6 +26,7 @@ class BlockedProduct {
     if (format_.packs()) {
       pack_row_blocks(args_, team, [&](int64_t begin, int64_t end) { format_.pack_block(begin, end); });
     }
+    if (args_.stage == kPrepareRows) return;
     const int64_t step = blocking_.keeps_rows ? kRows : blocking_.rows;
     if (blocking_.keeps_rows) {
       for (int64_t panel = first_; panel < last_; panel += blocking_.panels) {

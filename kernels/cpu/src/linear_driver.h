@@ -98,6 +98,7 @@ ISF_INLINE void run_linear(const LinearArgs& args, Team& team) {
   const PackedLayout layout = packed_layout(args.weight_dtype, args.n, args.k, args.segments);
   Format format(args, layout, activations_at(args, team));
   if (format.packs()) pack_rows(args, team, [&](int64_t i) { format.pack(i); });
+  if (args.stage == kPrepareRows) return;
   int64_t first, last;
   team.part(layout.panels, 1, &first, &last);
   const int64_t cached = std::max<int64_t>(1, kCacheBytes / format.row_bytes() / Format::kRows) * Format::kRows;
