@@ -11,7 +11,10 @@ import torch
 from inference_shardformer.compute.base import ComputeKernel, ComputeKind
 
 Greatest = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""Greatest value of each row of `[num_rows, size]` and its place, int64, the first among equals; NaN is greatest."""
+"""Greatest value of each row of `[num_rows, size]` and its place, int64, the first among equals; NaN is greatest.
+
+Both may be overwritten by the next call.
+"""
 
 
 class Draw(Protocol):

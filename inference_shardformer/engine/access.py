@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Literal
 
 from inference_shardformer.engine.calls import Call
@@ -58,14 +59,13 @@ class EngineAccess:
         with self.lock:
             return self.step(name) if call.is_open else None
 
-    @contextmanager
-    def ending(self) -> Iterator[None]:
-        """End the engine if its ranks fail, or turn out to differ."""
-        try:
-            yield
-        except (RankFailure, EnvironmentMismatchError):
-            self._state = "failed"
-            raise
+    def ending(self) -> _Ending:
+        """A context that ends the engine if its ranks fail, or turn out to differ."""
+        return _Ending(self)
+
+    def fail(self) -> None:
+        """No call is legal from now on but `close()`."""
+        self._state = "failed"
 
     @contextmanager
     def dropping(self, call: Call) -> Iterator[None]:
@@ -88,3 +88,19 @@ class EngineAccess:
         with self.lock:
             if self._desk is not None:
                 self._desk.leave(call, is_agreed=is_agreed)
+
+
+class _Ending:
+    """The context of `EngineAccess.ending`; a class, because every step enters it."""
+
+    def __init__(self, access: EngineAccess) -> None:
+        self._access = access
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(exc, (RankFailure, EnvironmentMismatchError)):
+            self._access.fail()

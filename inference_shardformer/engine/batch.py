@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from inference_shardformer.attention.base import RaggedBatch
+from inference_shardformer.engine.batch_frame import BatchFrame, FrameShape
 from inference_shardformer.engine.request import Request
 from inference_shardformer.engine.scheduler import SchedulerOutput
-from inference_shardformer.kv_cache.sizing import blocks_for
 
 
 @dataclass(frozen=True)
@@ -26,34 +26,6 @@ class ForwardBatch:
     requests_to_sample: list[Request]
 
 
-class BatchBuilder:
-    """Packs the scheduled steps of one engine."""
-
-    def __init__(
-        self, *, block_size: int, device: torch.device, with_rope_lengths: bool, padding: Callable[[int, int], int]
-    ) -> None:
-        """`padding` says how many copies of its last sequence a step of so many decodes and sequences gets."""
-        self._block_size = block_size
-        self._device = device
-        self._with_rope_lengths = with_rope_lengths
-        self._padding = padding
-
-    def __call__(self, output: SchedulerOutput, sampled: SampledTokens | None = None) -> ForwardBatch:
-        """The tensors of a step; with `sampled` the device takes the token ids from there."""
-        return build_batch(
-            output,
-            block_size=self._block_size,
-            device=self._device,
-            with_rope_lengths=self._with_rope_lengths,
-            num_padding=self.num_padding(output),
-            sampled=sampled,
-        )
-
-    def num_padding(self, output: SchedulerOutput) -> int:
-        """How many copies of its last sequence a step gets at present."""
-        return self._padding(output.num_decodes, len(output.scheduled))
-
-
 class SampledTokens(NamedTuple):
     """Tokens that the device has sampled, or will have, and the host has not read: `rows[request]` is its own."""
 
@@ -61,48 +33,74 @@ class SampledTokens(NamedTuple):
     rows: Mapping[Request, int]
 
 
-def build_batch(
-    output: SchedulerOutput,
-    *,
-    block_size: int,
-    device: torch.device,
-    with_rope_lengths: bool = False,
-    num_padding: int = 0,
-    sampled: SampledTokens | None = None,
-) -> ForwardBatch:
-    """Pack a scheduled step: one host buffer for each integer width, and one copy of it to a device.
+class BatchBuilder:
+    """Packs the scheduled steps of one engine.
 
-    `num_padding` copies of its last sequence follow the others. They have logits, and no request to sample. With
-    `sampled`, every request runs the one token that it does not know yet, which the device takes from there.
+    On a CPU the tensors of a batch are filled anew by the next one of the same shape.
     """
-    num_requests = len(output.scheduled)
-    if num_padding:
-        scheduled = output.scheduled + output.scheduled[-1:] * num_padding
-        output = replace(output, scheduled=scheduled, num_decodes=output.num_decodes + num_padding)
-    tokens = _pack_tokens(output, block_size, with_rope_lengths, sampled)
-    query_lens = [num_new_tokens for _, num_new_tokens in output.scheduled]
-    seq_lens = [request.num_computed_tokens + num_new_tokens for request, num_new_tokens in output.scheduled]
-    cu_seqlens_q, seq_lens_tensor, block_tables = _pack_sequences(output, query_lens, seq_lens, block_size, device)
-    num_tokens = sum(query_lens)
-    num_rows = 2 if with_rope_lengths else 1
-    wide = _to_device(np.array(tokens.packed(), dtype=np.int64), device)
-    end_of_positions = num_tokens * (1 + num_rows)
-    input_ids = wide[:num_tokens] if sampled is None else sampled.token_ids.index_select(0, wide[:num_tokens])
-    return ForwardBatch(
-        input_ids=input_ids.view(1, num_tokens),
-        position_ids=wide[num_tokens:end_of_positions].view(num_rows, num_tokens),
-        ragged=RaggedBatch(
-            cu_seqlens_q=cu_seqlens_q,
-            seq_lens=seq_lens_tensor,
-            block_tables=block_tables,
-            slot_mapping=wide[end_of_positions : end_of_positions + num_tokens],
-            host_query_lens=query_lens,
-            host_seq_lens=seq_lens,
-            num_decodes=output.num_decodes,
-        ),
-        logits_indices=wide[end_of_positions + num_tokens :],
-        requests_to_sample=tokens.requests_to_sample[:num_requests],
-    )
+
+    def __init__(
+        self, *, block_size: int, device: torch.device, with_rope_lengths: bool, padding: Callable[[int, int], int]
+    ) -> None:
+        """`padding` says how many copies of its last sequence a step of so many decodes and sequences gets."""
+        self._block_size = block_size
+        self._device = device
+        self._fills_again = device.type == "cpu"
+        self._with_rope_lengths = with_rope_lengths
+        self._padding = padding
+        self._frame: BatchFrame | None = None
+
+    def __call__(self, output: SchedulerOutput, sampled: SampledTokens | None = None) -> ForwardBatch:
+        """The tensors of a step, which may have copies of its last sequence behind the others.
+
+        Copies have logits, and no request to sample. With `sampled`, every request runs the one token that it does not
+        know yet, which the device takes from there; such a batch has tensors of its own.
+        """
+        num_requests, num_padding = len(output.scheduled), self.num_padding(output)
+        if num_padding:
+            scheduled = output.scheduled + output.scheduled[-1:] * num_padding
+            output = replace(output, scheduled=scheduled, num_decodes=output.num_decodes + num_padding)
+        tokens = _pack_tokens(output, self._block_size, self._with_rope_lengths, sampled)
+        query_lens = [num_new_tokens for _, num_new_tokens in output.scheduled]
+        shape = FrameShape(
+            num_tokens=len(tokens.token_ids),
+            num_position_rows=2 if self._with_rope_lengths else 1,
+            num_logits=len(tokens.logits_indices),
+            num_seqs=len(query_lens),
+            max_blocks=max(map(len, tokens.tables)),
+        )
+        frame = self._frame_of(shape, is_kept=sampled is None)
+        frame.fill(tokens.packed(), query_lens, tokens.seq_lens, tokens.tables)
+        input_ids = frame.input_ids
+        if sampled is not None:
+            input_ids = sampled.token_ids.index_select(0, input_ids[0]).unsqueeze(0)
+        return ForwardBatch(
+            input_ids=input_ids,
+            position_ids=frame.position_ids,
+            ragged=RaggedBatch(
+                cu_seqlens_q=frame.cu_seqlens_q,
+                seq_lens=frame.seq_lens,
+                block_tables=frame.block_tables,
+                slot_mapping=frame.slot_mapping,
+                host_query_lens=query_lens,
+                host_seq_lens=tokens.seq_lens,
+                num_decodes=output.num_decodes,
+            ),
+            logits_indices=frame.logits_indices,
+            requests_to_sample=tokens.requests_to_sample[:num_requests],
+        )
+
+    def num_padding(self, output: SchedulerOutput) -> int:
+        """How many copies of its last sequence a step gets at present."""
+        return self._padding(output.num_decodes, len(output.scheduled))
+
+    def _frame_of(self, shape: FrameShape, *, is_kept: bool) -> BatchFrame:
+        """Of that shape; the one that is kept where it may be filled again."""
+        if not (self._fills_again and is_kept):
+            return BatchFrame(shape, self._device)
+        if self._frame is None or self._frame.shape != shape:
+            self._frame = BatchFrame(shape, self._device)
+        return self._frame
 
 
 @dataclass
@@ -112,6 +110,8 @@ class _PackedTokens:
     rope_lengths: list[int]
     slots: list[int]
     logits_indices: list[int]
+    seq_lens: list[int]
+    tables: list[array[int]]
     requests_to_sample: list[Request]
 
     def packed(self) -> list[int]:
@@ -121,44 +121,25 @@ class _PackedTokens:
 def _pack_tokens(
     output: SchedulerOutput, block_size: int, with_rope_lengths: bool, sampled: SampledTokens | None
 ) -> _PackedTokens:
-    tokens = _PackedTokens([], [], [], [], [], [])
+    tokens = _PackedTokens([], [], [], [], [], [], [], [])
+    slots = tokens.slots
     for request, num_new_tokens in output.scheduled:
         start = request.num_computed_tokens
         end = start + num_new_tokens
+        table = request.block_table[: -(-end // block_size)]
+        tokens.seq_lens.append(end)
+        tokens.tables.append(table)
         tokens.token_ids += request.token_ids[start:end] if sampled is None else [sampled.rows[request]]
         tokens.positions += range(start, end)
         if with_rope_lengths:
             tokens.rope_lengths += request.rope_lengths(start, end)
-        for block_idx in range(start // block_size, blocks_for(end, block_size)):
-            first_position = block_idx * block_size
-            shift = request.block_table[block_idx] * block_size - first_position
-            tokens.slots += range(max(start, first_position) + shift, min(end, first_position + block_size) + shift)
-        if end >= request.num_tokens:
+        while start < end:  # block by block
+            offset = start % block_size
+            slot = table[start // block_size] * block_size + offset
+            length = min(block_size - offset, end - start)
+            slots += range(slot, slot + length)
+            start += length
+        if end >= len(request.token_ids):
             tokens.logits_indices.append(len(tokens.token_ids) - 1)
             tokens.requests_to_sample.append(request)
     return tokens
-
-
-def _pack_sequences(
-    output: SchedulerOutput, query_lens: list[int], seq_lens: list[int], block_size: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    num_seqs = len(seq_lens)
-    max_blocks = blocks_for(max(seq_lens), block_size)
-    packed = np.zeros(2 * num_seqs + 1 + num_seqs * max_blocks, dtype=np.int32)
-    np.cumsum(query_lens, out=packed[1 : num_seqs + 1])
-    packed[num_seqs + 1 : 2 * num_seqs + 1] = seq_lens
-    tables = packed[2 * num_seqs + 1 :].reshape(num_seqs, max_blocks)
-    for row, (request, _) in enumerate(output.scheduled):
-        num_blocks = blocks_for(seq_lens[row], block_size)
-        tables[row, :num_blocks] = np.frombuffer(request.block_table, dtype=np.int32, count=num_blocks)
-    narrow = _to_device(packed, device)
-    return (
-        narrow[: num_seqs + 1],
-        narrow[num_seqs + 1 : 2 * num_seqs + 1],
-        narrow[2 * num_seqs + 1 :].view(num_seqs, max_blocks),
-    )
-
-
-def _to_device(packed: np.ndarray, device: torch.device) -> torch.Tensor:
-    host = torch.from_numpy(packed)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

@@ -25,12 +25,13 @@ class FairLock:
         self._depth = 0
 
     def __enter__(self) -> None:
-        mine = _Waiting(get_ident(), Lock())
+        thread = get_ident()
         with self._mutex:
-            if self._owner in (None, mine.thread):
-                self._owner = mine.thread
+            if self._owner in (None, thread):
+                self._owner = thread
                 self._depth += 1
                 return
+            mine = _Waiting(thread, Lock())
             mine.gate.acquire()
             self._waiting.append(mine)
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -11,15 +11,23 @@ from inference_shardformer.engine.batch import ForwardBatch
 from inference_shardformer.engine.graphs import DecodeGraphs
 from inference_shardformer.kv_cache.cache import PagedKVCache
 
+Found = tuple[torch.Tensor, torch.Tensor]  # float32 and int64, each [num_logits]
+
 
 class CausalOutput(Protocol):
     """What a causal language model returns."""
 
-    logits: torch.Tensor  # [1, num_logits, local_vocab]
+    @property
+    def logits(self) -> torch.Tensor:
+        """Float32 `[num_logits, local_vocab]`."""
+
+    @property
+    def greatest(self) -> Found | None:
+        """Value and place of each row's greatest logit, where the model found them in passing."""
 
 
 class CausalModel(Protocol):
-    """A sharded Hugging Face causal language model whose attention reads `attn_metadata`."""
+    """A sharded causal language model whose attention reads `attn_metadata`; takes care of torch's inference mode."""
 
     def __call__(
         self,
@@ -77,17 +85,24 @@ class ModelRunner:
         """How many copies of its last sequence a batch should get."""
         return 0 if self.graphs is None else self.graphs.num_padding(num_decodes, num_seqs)
 
-    @torch.inference_mode()
-    def run(self, batch: ForwardBatch) -> torch.Tensor:
-        """This rank's logits, float32 `[num_logits, local_vocab]`; keys and values are written to the cache.
+    def run(self, batch: ForwardBatch) -> tuple[torch.Tensor, Found | None]:
+        """This rank's logits, float32 `[num_logits, local_vocab]`, and the greatest of each row if they are known.
 
-        Those of a captured step are overwritten by the next one.
+        Keys and values are written to the cache. What is returned is overwritten by the next step.
         """
         if self.graphs is not None and self.graphs.serves(batch):
-            logits = self.graphs.run(batch, self._forward, self.attention, self.kv_cache)
-            return logits[: len(batch.requests_to_sample)]
+            return self._replayed(self.graphs, batch), None
         meta = self.attention.plan(batch.ragged, self.kv_cache)
-        return self._forward(batch.input_ids, batch.position_ids, meta, batch.logits_indices)
+        output = self._forward(batch.input_ids, batch.position_ids, meta, batch.logits_indices)
+        return output.logits, output.greatest
+
+    @torch.inference_mode()
+    def _replayed(self, graphs: DecodeGraphs, batch: ForwardBatch) -> torch.Tensor:
+        def forward(*inputs: Any) -> torch.Tensor:
+            return self._forward(*inputs).logits
+
+        logits = graphs.run(batch, forward, self.attention, self.kv_cache)
+        return logits[: len(batch.requests_to_sample)]
 
     def _forward(
         self,
@@ -95,12 +110,11 @@ class ModelRunner:
         position_ids: torch.Tensor,
         meta: AttentionMetadata,
         logits_indices: torch.Tensor,
-    ) -> torch.Tensor:
-        output = self._model(
+    ) -> CausalOutput:
+        return self._model(
             input_ids=input_ids,
             position_ids=position_ids,
             use_cache=False,
             attn_metadata=meta,
             logits_to_keep=logits_indices,
         )
-        return output.logits[0].float()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from inference_shardformer.compute.sampling import Draw, Greatest
@@ -59,42 +58,55 @@ class Sampler:
         """What `sample_on_device` chooses, on the host; waits for it."""
         return self.sample_on_device(logits, requests).tolist()
 
-    def sample_on_device(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+    def sample_on_device(
+        self,
+        logits: torch.Tensor,
+        requests: Sequence[Request],
+        greatest: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """A token id for each row of `logits` `[num_rows, local_vocab]`, int64 `[num_rows]`. Waits for nothing.
 
         `NOT_FINITE` where logits are NaN or inf, `NOTHING_LEFT` where the tokens so far ban all others. Rows belong to
-        `requests` in order. One exchange between the ranks where all rows are greedy and none looks back.
+        `requests` in order. One exchange between the ranks where all rows are greedy and none looks back. `greatest`:
+        value and place of each row's greatest logit among this rank's columns, where they are known; the place is
+        `NOT_FINITE` where the value is not finite.
         """
+        if all(map(_needs_no_logits_of_others, requests)):
+            return (
+                self._argmax(logits, greatest) if requests else torch.empty(0, dtype=torch.int64, device=logits.device)
+            )
         sharded = [row for row, request in enumerate(requests) if _needs_no_logits_of_others(request)]
-        if len(sharded) == len(requests):
-            return self._argmax(logits) if sharded else torch.empty(0, dtype=torch.int64, device=logits.device)
         whole = [row for row, request in enumerate(requests) if not _needs_no_logits_of_others(request)]
         chosen = torch.empty(len(requests), dtype=torch.int64, device=logits.device)
         if sharded:
             rows = staged(sharded, torch.int64, logits.device)
-            chosen[rows] = self._argmax(logits[rows])
+            chosen[rows] = self._argmax(logits[rows], greatest and (greatest[0][rows], greatest[1][rows]))
         rows = staged(whole, torch.int64, logits.device)
         chosen[rows] = self._choose(logits[rows], [requests[row] for row in whole])
         return chosen
 
-    def _argmax(self, logits: torch.Tensor) -> torch.Tensor:
+    def _argmax(self, logits: torch.Tensor, greatest: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         """The likeliest token of each row, the lowest id among equals; int64 `[num_rows]`."""
-        columns = logits[:, : self._end - self._start]
-        if self._group.size == 1:
-            return _finite(*self._greatest(columns))
-        return self._argmax_over_ranks(columns)
+        if greatest is None and self._start < self._end:
+            value, best = self._greatest(logits[:, : self._end - self._start])
+            greatest = value, best.masked_fill(~value.isfinite(), NOT_FINITE)
+        if self._group.size == 1 and greatest is not None:
+            return greatest[1]
+        return self._argmax_over_ranks(logits, greatest)
 
-    def _argmax_over_ranks(self, columns: torch.Tensor) -> torch.Tensor:
+    def _argmax_over_ranks(
+        self, logits: torch.Tensor, greatest: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> torch.Tensor:
         """The same where each rank holds some columns, perhaps none: the ranks exchange (value, index) pairs."""
-        num_rows = columns.shape[0]
-        pairs = columns.new_full((num_rows, 2), -torch.inf, dtype=torch.float64)
-        if columns.shape[1]:
-            value, best = self._greatest(columns)
+        num_rows = logits.shape[0]
+        pairs = logits.new_full((num_rows, 2), -torch.inf, dtype=torch.float64)
+        if greatest is not None and self._start < self._end:
+            value, best = greatest
             pairs[:, 0] = value
             pairs[:, 1] = best + self._start
         gathered = self._group.all_gather(pairs, dim=0).view(-1, num_rows, 2)  # [size, num_rows, 2]
         winner = gathered[..., 0].argmax(dim=0)  # the first rank among equals, which holds the lowest ids
-        value, token_id = gathered[winner, torch.arange(num_rows, device=columns.device)].unbind(-1)
+        value, token_id = gathered[winner, torch.arange(num_rows, device=logits.device)].unbind(-1)
         return torch.where(value.isfinite(), token_id, float(NOT_FINITE)).long()
 
     def _choose(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
@@ -144,11 +156,3 @@ def _greatest(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """On a CPU through numpy, which is a dozen times faster at this than torch."""
     best = torch.from_numpy(rows.numpy().argmax(axis=-1)) if rows.device.type == "cpu" else rows.argmax(dim=-1)
     return rows.gather(-1, best.unsqueeze(-1)).squeeze(-1), best
-
-
-def _finite(value: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The indices, `NOT_FINITE` where the value is not; on a CPU by numpy, which is quicker for a few numbers."""
-    if value.device.type == "cpu":
-        index.numpy()[~np.isfinite(value.numpy())] = NOT_FINITE
-        return index
-    return index.masked_fill_(~value.isfinite(), NOT_FINITE)

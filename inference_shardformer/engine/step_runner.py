@@ -53,8 +53,8 @@ class StepRunner:
 
     def _run(self, output: SchedulerOutput, limits: SchedulerConfig, meanwhile: Callable[[], None]) -> Sampled:
         batch = (self.ahead and self.ahead.take(output)) or self._build(output)
-        logits = self._runner.run(batch)
-        token_ids = self._sampler.sample_on_device(logits, batch.requests_to_sample)
+        logits, greatest = self._runner.run(batch)
+        token_ids = self._sampler.sample_on_device(logits, batch.requests_to_sample, greatest)
         on_its_way = OnItsWay(token_ids, self._is_given_up)
         for request, num_new_tokens in output.scheduled:
             request.num_computed_tokens += num_new_tokens

@@ -9,6 +9,8 @@ from torch import nn
 
 FrequenciesOfLength = Callable[[int], torch.Tensor]
 
+_FIRST_POSITIONS = 1024
+
 
 class RotaryEmbedding(nn.Module):
     """cos and sin of each packed token; the call contract of Hugging Face's rotary modules.
@@ -76,6 +78,27 @@ class TabledRotaryEmbedding(RotaryEmbedding):
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`[2, num_tokens]` (positions; sequence lengths) to cos and sin `[1, num_tokens, head_dim]`."""
         return self._angles(x, position_ids[:1], self.rows[self.row_of_length[position_ids[1]]])
+
+
+class RotaryTable:
+    """cos and sin of the positions met so far, by a model's own rotary module; each position is computed once.
+
+    For rotary modules that see nothing but positions.
+    """
+
+    def __init__(self, rotary: nn.Module, dtype: torch.dtype) -> None:
+        self._rotary = rotary
+        self._like = torch.empty(0, dtype=dtype)
+        self._angles = self._like, self._like
+        self._num_positions = 0
+
+    def upto(self, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, each `[at least num_positions, rotary_dim]`."""
+        if self._num_positions < num_positions:
+            size = max(_FIRST_POSITIONS, 1 << (num_positions - 1).bit_length())
+            cos, sin = self._rotary(self._like, torch.arange(size).unsqueeze(0))
+            self._angles, self._num_positions = (cos[0].contiguous(), sin[0].contiguous()), size
+        return self._angles
 
 
 def _differing(frequencies: FrequenciesOfLength, first: int, last: int) -> dict[int, torch.Tensor]:

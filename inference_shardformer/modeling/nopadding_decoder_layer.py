@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-from weakref import ref
-
 import torch
 from torch import nn
 
@@ -14,6 +11,8 @@ from inference_shardformer.compute.decoder_layer import (
     LayerFunction,
     LayerParts,
     LinearPart,
+    ModelEnds,
+    ModelFunction,
     NormPart,
     PositionEmbeddings,
 )
@@ -83,6 +82,10 @@ class NoPaddingDecoderLayer(nn.Module):
         out = self._run(hidden_states, position_embeddings, attn_metadata)
         return (out,) if self._returns_tuple else out
 
+    def bind_model(self, ends: ModelEnds) -> ModelFunction | None:
+        """What runs all layers of this layer's kernel with the ends of their model, if it does that."""
+        return self._kernel.bind_model(ends)
+
     def were_all_run(self, hidden_states: torch.Tensor) -> bool:
         """Whether this layer's call ran all that come after it, too: they would hand on what they are given."""
         return self._kernel.were_all_run(hidden_states)
@@ -100,28 +103,25 @@ class NoPaddingDecoderLayer(nn.Module):
         return LayerParts(
             layer_idx=self.self_attn.layer_idx,
             num_layers=self._num_layers,
-            is_watched=partial(_is_watched, ref(self)),
-            attention_norm=_norm(self.input_layernorm),
-            mlp_norm=_norm(self.post_attention_layernorm),
-            qkv=_linear(self.self_attn.qkv_proj),
-            o=_linear(self.self_attn.o_proj),
-            gate_up=_linear(self.mlp.gate_up_proj),
-            down=_linear(self.mlp.down_proj),
+            hooks=(self._forward_hooks, self._forward_pre_hooks),
+            attention_norm=norm_part(self.input_layernorm),
+            mlp_norm=norm_part(self.post_attention_layernorm),
+            qkv=linear_part(self.self_attn.qkv_proj),
+            o=linear_part(self.self_attn.o_proj),
+            gate_up=linear_part(self.mlp.gate_up_proj),
+            down=linear_part(self.mlp.down_proj),
             backend=self.backend,
             group=self._group,
         )
 
 
-def _is_watched(layer: ref[nn.Module]) -> bool:
-    module = layer()
-    return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def _norm(module: RMSNorm) -> NormPart:
+def norm_part(module: RMSNorm) -> NormPart:
+    """A norm as kernels take it."""
     return NormPart(module.weight, module.eps, module.is_offset)
 
 
-def _linear(module: nn.Module) -> LinearPart:
+def linear_part(module: nn.Module) -> LinearPart:
+    """A projection as kernels take it. Raises `TypeError` for another module."""
     if not isinstance(module, ParallelLinear):
         raise TypeError(f"a {type(module).__name__} stands where the layer needs a parallel linear layer")
     return LinearPart(module.stored, module.bias)

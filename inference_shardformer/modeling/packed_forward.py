@@ -2,33 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
+from torch.nn.modules import module as _of_all_modules
 
 from inference_shardformer.attention.base import AttentionMetadata
-from inference_shardformer.modeling.nopadding_decoder_layer import NoPaddingDecoderLayer
+from inference_shardformer.compute.decoder_layer import Angles, ModelEnds, ModelFunction
+from inference_shardformer.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from inference_shardformer.layers.norm import RMSNorm
+from inference_shardformer.layers.rotary import RotaryTable
+from inference_shardformer.modeling.nopadding_decoder_layer import NoPaddingDecoderLayer, linear_part, norm_part
 
 
 class PackedOutput(NamedTuple):
-    """What the engine reads of a model's output."""
+    """What the engine reads of a model's output; `greatest` where they were found in passing, see `ModelResult`."""
 
-    logits: torch.Tensor  # [1, num_logits, vocabulary on this rank]
+    logits: torch.Tensor  # float32 [num_logits, vocabulary on this rank]
+    greatest: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+class PlainForward:
+    """A sharded model by Hugging Face's `forward`, or by its user's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+
+    @torch.inference_mode()
+    def __call__(self, **inputs: Any) -> PackedOutput:
+        """The engine's arguments reach the model as they are."""
+        return PackedOutput(self._model(**inputs).logits[0].float())
 
 
 class PackedForward:
     """A sharded model of LLaMA's outline: embedding, angles, layers, norm, head.
 
     Does what Hugging Face's `forward` does with a packed batch, without what that does for others: masks, caches,
-    collected outputs. Only tokens whose logits are wanted are normalised at the end. Modules are called one by one, so
-    that their hooks run; where somebody's hooks are on the whole model or on its decoder, Hugging Face's own is called.
+    collected outputs. Only tokens whose logits are wanted are normalised at the end. Where the layers' kernel runs the
+    model whole it does so in one call, while nobody's hooks watch a module. Else modules are called one by one, so that
+    their hooks run; where somebody's hooks are on the whole model or on its decoder, Hugging Face's own is called.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model: Any = model
-        self._decoder: Any = model.model
+        self._model = cast("Any", model)
+        self._decoder = decoder = self._model.model
+        first: NoPaddingDecoderLayer = decoder.layers[0]
+        ends: tuple[nn.Module, ...] = (decoder.embed_tokens, decoder.rotary_emb, decoder.norm, self._model.lm_head)
+        watched: tuple[nn.Module, ...] = (model, decoder, *ends)
+        self._hooks = (
+            *(hooks for module in watched for hooks in (module._forward_hooks, module._forward_pre_hooks)),
+            *(_of_all_modules._global_forward_hooks, _of_all_modules._global_forward_pre_hooks),
+        )
+        self._whole = _whole_model(first, *ends)
+        self._like = torch.empty(0, dtype=first.backend.spec.dtype)
+        self._table = RotaryTable(decoder.rotary_emb, self._like.dtype)
 
     @staticmethod
     def serves(model: nn.Module) -> bool:
@@ -52,16 +80,37 @@ class PackedForward:
         logits_to_keep: torch.Tensor,
     ) -> PackedOutput:
         """Token ids `[1, num_tokens]` and positions to the logits after the tokens at `logits_to_keep`."""
-        model, decoder = self._model, self._decoder
-        if _is_watched(model) or _is_watched(decoder):
-            output = model(
+        if self._whole is not None and not any(self._hooks):
+            angles = self._angles_at(position_ids, attn_metadata)
+            result = self._whole(input_ids, angles, attn_metadata, logits_to_keep)
+            if result is not None:
+                return PackedOutput(*result)
+        if _is_watched(self._model) or _is_watched(self._decoder):
+            return PlainForward(self._model)(
                 input_ids=input_ids,
                 position_ids=position_ids,
                 use_cache=use_cache,
                 attn_metadata=attn_metadata,
                 logits_to_keep=logits_to_keep,
             )
-            return PackedOutput(output.logits)
+        return PackedOutput(self._by_modules(input_ids, position_ids, attn_metadata, logits_to_keep))
+
+    def _angles_at(self, position_ids: torch.Tensor, attn_metadata: AttentionMetadata) -> Angles:
+        """Of every token: looked up, or computed where they depend on more than positions."""
+        if position_ids.shape[0] == 1:
+            return Angles(*self._table.upto(max(attn_metadata.batch.host_seq_lens)), position_ids)
+        cos, sin = self._decoder.rotary_emb(self._like, position_ids)
+        return Angles(cos[0].contiguous(), sin[0].contiguous(), None)
+
+    @torch.inference_mode()
+    def _by_modules(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        attn_metadata: AttentionMetadata,
+        logits_to_keep: torch.Tensor,
+    ) -> torch.Tensor:
+        decoder = self._decoder
         hidden_states = decoder.embed_tokens(input_ids)
         position_embeddings = decoder.rotary_emb(hidden_states, position_ids)
         for layer in decoder.layers:
@@ -71,13 +120,27 @@ class PackedForward:
                 break
         if len(logits_to_keep) != hidden_states.shape[1]:  # else they are all, in their order
             hidden_states = hidden_states[:, logits_to_keep]
-        return PackedOutput(model.lm_head(decoder.norm(hidden_states)))
+        return self._model.lm_head(decoder.norm(hidden_states))[0].float()
+
+
+def _whole_model(
+    layer: NoPaddingDecoderLayer, embedding: nn.Module, rotary: nn.Module, norm: nn.Module, head: nn.Module
+) -> ModelFunction | None:
+    """What runs the model in one call, where its ends are ours and unchanged, too."""
+    ends = (embedding, rotary, norm, head)
+    known = type(embedding) is VocabParallelEmbedding and type(norm) is RMSNorm and type(head) is ParallelLMHead
+    if not known or any("forward" in vars(module) for module in ends):
+        return None
+    embedding, norm = cast(VocabParallelEmbedding, embedding), cast(RMSNorm, norm)
+    return layer.bind_model(
+        ModelEnds(embedding.stored, (embedding.start, embedding.stop), norm_part(norm), linear_part(head))
+    )
 
 
 def _is_watched(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def forward_of(model: nn.Module, model_shape: str) -> Callable[..., Any]:
-    """What runs the model on packed batches: `PackedForward` where policy and model allow it, else the model."""
-    return PackedForward(model) if model_shape == "llama" and PackedForward.serves(model) else model
+def forward_of(model: nn.Module, model_shape: str) -> PackedForward | PlainForward:
+    """What runs the model on packed batches: `PackedForward` where policy and model allow it, else its own forward."""
+    return PackedForward(model) if model_shape == "llama" and PackedForward.serves(model) else PlainForward(model)

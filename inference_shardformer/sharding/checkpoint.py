@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -16,6 +17,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth")
 _CHUNK_BYTES = 8 * 2**20
+_ROWS_TOGETHER = 64  # of a packed weight; a group of them is stored without waiting for more
 
 
 class SafetensorsCheckpoint:
@@ -58,7 +60,7 @@ class SafetensorsCheckpoint:
         file = self._files[self._owner[part.tensor]]
         info = file.tensors[part.tensor]
         first, last = (part.start, part.stop) if part.dim == 0 else (0, info.shape[0])
-        for start in range(first, last, rows := _rows_per_chunk(info)):
+        for start in range(first, last, rows := rows_per_chunk(info.shape)):
             stop = min(start + rows, last)
             if part.dim == 0:
                 yield start - first, file.read_rows(part.tensor, start, stop)
@@ -102,11 +104,10 @@ class StateDictSource:
         self._tensors.pop(part.tensor, None)
 
 
-def _rows_per_chunk(info: TensorInfo) -> int:
-    width = 8
-    for axis in info.shape[1:]:
-        width *= axis
-    return max(1, _CHUNK_BYTES // max(1, width))
+def rows_per_chunk(shape: tuple[int, ...]) -> int:
+    """Of about eight megabytes, whatever the type: in multiples of what kernels store together, where that fits."""
+    rows = max(1, _CHUNK_BYTES // max(1, 8 * math.prod(shape[1:])))
+    return rows // _ROWS_TOGETHER * _ROWS_TOGETHER or rows
 
 
 def _file_names(folder: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from inference_shardformer.errors import CheckpointError, PlanFileError
+from inference_shardformer.sharding.checkpoint import rows_per_chunk
 from inference_shardformer.sharding.gather import GatherGroup, WeightGatherer, can_hold, compute_dtype
 from inference_shardformer.sharding.plan import ShardingPlan, SourceSlice, TensorInfo
 from inference_shardformer.sharding.plan_file import PlanFile
@@ -21,7 +21,6 @@ from inference_shardformer.sharding.unshard import Original
 
 PLAN_NAME = "plan.json"
 _DIGEST = "plan_sha256"
-_CHUNK_BYTES = 8 * 2**20
 
 
 def save_gathered(
@@ -126,7 +125,7 @@ class RankCheckpoint:
         shape = self._file.tensors[name].shape
         size = part.stop - part.start
         first, last = (part.offset, part.offset + size) if part.dim == 0 else (0, shape[0])
-        for start in range(first, last, rows := max(1, _CHUNK_BYTES // (8 * math.prod(shape[1:])))):
+        for start in range(first, last, rows := rows_per_chunk(shape)):
             stop = min(start + rows, last)
             if part.dim == 0:
                 yield start - first, self._file.read_rows(name, start, stop)

@@ -70,7 +70,7 @@ class ArgmaxArgs(ctypes.Structure):
     _fields_ = [
         *_fields(_Pointer, "x index value partial"),
         *_fields(_Size, "rows size stride"),
-        *_fields(_Int, "dtype unused"),
+        *_fields(_Int, "dtype marks"),
     ]
 
 

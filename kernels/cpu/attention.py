@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -65,10 +66,25 @@ class AttentionShape(NamedTuple):
 class PlannedAttention:
     """The work of one step, cut into items; every layer of the step runs it."""
 
-    def __init__(self, arguments: _Arguments, kept: tuple[torch.Tensor, ...]) -> None:
+    def __init__(self, arguments: _Arguments, tensors: tuple[torch.Tensor, ...]) -> None:
         self._arguments = arguments
-        self._kept = kept  # what the arguments point to
+        self._tensors = tensors  # what the arguments point to
+        self._room = _Sizes()
+        self._kept: tuple[torch.Tensor, ...] = ()  # plan and scratch
         self._run = native().entry("paged_attention", _Arguments)
+
+    def is_over(self, tensors: tuple[torch.Tensor, ...]) -> bool:
+        """Whether it was planned over these very tensors."""
+        return all(mine is its for mine, its in zip(self._tensors, tensors, strict=True))
+
+    def fill(self, plan: Callable[..., int], scratch_of: Callable[[int], torch.Tensor]) -> None:
+        """Cut into items what the tensors hold now."""
+        arguments, room = self._arguments, self._room
+        arguments.scratch_threads = torch.get_num_threads()
+        while plan(arguments, room):
+            self._kept = torch.empty(2 * room.plan, dtype=torch.uint8), scratch_of(room.scratch)
+            arguments.plan, arguments.scratch = (memory.data_ptr() for memory in self._kept)
+            room.plan, room.scratch = (memory.numel() for memory in self._kept)
 
     @property
     def address(self) -> int:
@@ -100,7 +116,8 @@ class PlannedAttention:
 class PagedAttention:
     """Paged, ragged, causal attention of one shape, in memory that its plans share.
 
-    One plan runs at a time: the next step may be planned before a plan is done with, but not run beside it. Raises
+    One plan runs at a time: the next step may be planned before a plan is done with, but not run beside it. A step over
+    the very tensors of the step before, whose contents are gone, takes over the plan of that, too. Raises
     `NativeUnavailableError` where there is no native library.
     """
 
@@ -116,13 +133,10 @@ class PagedAttention:
             softcap=shape.softcap or 0.0,
             out_stride=shape.num_heads * shape.head_dim,
         )
-        library = native()
         arguments, sizes = ctypes.POINTER(_Arguments), ctypes.POINTER(_Sizes)
-        self._sizes = library.function(
-            "isf_paged_attention_sizes", argtypes=(arguments, ctypes.c_int32, sizes), restype=ctypes.c_int32
-        )
-        self._plan = library.function("isf_paged_attention_plan", argtypes=(arguments,), restype=ctypes.c_int32)
+        self._plan = native().function("isf_paged_attention_plan", argtypes=(arguments, sizes), restype=ctypes.c_int32)
         self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._last: PlannedAttention | None = None
 
     def plan(
         self,
@@ -132,21 +146,28 @@ class PagedAttention:
         block_tables: torch.Tensor,  # int32 [num_seqs, max_blocks]
     ) -> PlannedAttention:
         """Cut a step into work items."""
+        tensors = cu_seqlens_q, seq_lens, block_tables
+        planned = self._last
+        if planned is None or not planned.is_over(tensors):
+            planned = self._last = self._planned(*tensors)
+        planned.fill(self._plan, self._scratch_of)
+        return planned
+
+    def _planned(
+        self, cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor, block_tables: torch.Tensor
+    ) -> PlannedAttention:
         arguments = _Arguments.from_buffer_copy(self._template)
         block_tables = block_tables if block_tables.stride(-1) == 1 else block_tables.contiguous()
         arguments.cu_seqlens_q = cu_seqlens_q.data_ptr()
         arguments.seq_lens = seq_lens.data_ptr()
         arguments.block_tables, arguments.block_table_stride = block_tables.data_ptr(), block_tables.stride(0)
         arguments.num_seqs = len(seq_lens)
-        arguments.scratch_threads = torch.get_num_threads()
-        sizes = _Sizes()
-        self._sizes(arguments, arguments.scratch_threads, sizes)
-        plan = torch.empty(sizes.plan, dtype=torch.uint8)
-        if self._scratch.numel() < sizes.scratch:
-            self._scratch = torch.empty(sizes.scratch, dtype=torch.uint8)
-        arguments.plan, arguments.scratch = plan.data_ptr(), self._scratch.data_ptr()
-        self._plan(arguments)
-        return PlannedAttention(arguments, (cu_seqlens_q, seq_lens, block_tables, plan, self._scratch))
+        return PlannedAttention(arguments, (cu_seqlens_q, seq_lens, block_tables))
+
+    def _scratch_of(self, num_bytes: int) -> torch.Tensor:
+        if self._scratch.numel() < num_bytes:
+            self._scratch = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._scratch
 
 
 def paged_attention(

@@ -21,15 +21,18 @@ class Found(NamedTuple):
     indices: torch.Tensor  # int64
 
 
-def argmax(x: torch.Tensor) -> Found:
+def argmax(x: torch.Tensor, *, out: Found | None = None) -> Found:
     """The greatest element of each row of `[..., size]`, the first among equals; shapes `[...]`.
 
-    NaN is above everything: a row that has one shows in its value.
+    NaN is above everything: a row that has one shows in its value. What is given as `out` is written and returned.
     """
     code, rows = dtype_of("x", x), rows_of("x", x)
     if not rows.size:
         raise ValueError("x has no columns; there is no greatest element of nothing")
-    found = Found(torch.empty(x.shape[:-1]), torch.empty(x.shape[:-1], dtype=torch.int64))
+    shape = x.shape[:-1]
+    found = Found(torch.empty(shape), torch.empty(shape, dtype=torch.int64)) if out is None else out
+    if found.values.shape != shape or found.indices.shape != shape:
+        raise ValueError(f"out is of shape {tuple(found.indices.shape)}; the rows of x are {tuple(shape)}")
     _argmax(
         *(x.data_ptr(), found.indices.data_ptr(), found.values.data_ptr(), None),
         *(*rows, code, 0),

@@ -199,6 +199,26 @@ def test_plans_are_used_again_and_do_not_disturb_each_other():
             assert (out - problem.expected(scale=0.125)).abs().max() < TOLERANCES[torch.float32]
 
 
+def test_a_step_over_the_same_tensors_is_planned_anew_in_place():
+    """Shorter, longer, and so long that the first plan has no room for it; a plan of other tensors in between."""
+    stages = [make_problem(((past, 1), (past // 3, 1)), torch.float32) for past in (900, 30, 6000)]
+    longest, other = stages[-1], make_problem(BATCHES["mixed"], torch.float32)
+    shape = AttentionShape(USUAL.num_heads, USUAL.num_kv_heads, USUAL.head_dim, USUAL.block_size, torch.float32, 0.125)
+    attention = PagedAttention(shape)
+    tensors = {name: each.clone() for name, each in longest.batch.items()}
+    plans = []
+    for stage in stages:
+        tensors["seq_lens"].copy_(stage.batch["seq_lens"])
+        planned = attention.plan(**tensors)
+        plans.append(planned)
+        found = planned.run(longest.q, longest.k_cache, longest.v_cache)
+        expected = longest._replace(batch=tensors).expected(scale=0.125)
+        assert (found - expected).abs().max() < TOLERANCES[torch.float32]
+    assert plans[0] is plans[1] is plans[2]
+    assert attention.plan(**other.batch) is not planned
+    assert attention.plan(**tensors) is not planned
+
+
 def test_queries_may_be_views_of_any_strides():
     problem = make_problem(BATCHES["mixed"], torch.bfloat16)
     expected = attend(problem)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from inference_shardformer.kernels.cpu import compact_weight
 from inference_shardformer.kernels.cpu.compact_weight import CompactWeight, empty_compact_weight, num_compact_bytes
 from inference_shardformer.kernels.cpu.linear import Norm, embedding, linear
 from inference_shardformer.kernels.cpu.packed_weight import WeightArena, pack
@@ -141,7 +142,7 @@ class TestWriting:
         """Drafts are borrowed, one after the other, and let go of in the end."""
         arena = WeightArena()
         weights = [usual(64, 96, seed=seed) for seed in range(4)]
-        held = [empty_compact_weight(64, 96, is_filled=True, arena=arena) for _ in weights]
+        held = [empty_compact_weight(64, 96, segments=2, is_filled=True, arena=arena) for _ in weights]
         drafts = set()
         for packed, weight in zip(held, weights, strict=True):
             packed.write(weight[:32])
@@ -152,6 +153,19 @@ class TestWriting:
         arena.keep_nothing()
         assert all(torch.equal(packed.read(), weight) for packed, weight in zip(held, weights, strict=True))
         assert arena.lend(100).data_ptr() not in drafts
+
+    @pytest.mark.parametrize("make", WEIGHTS.values(), ids=WEIGHTS)
+    def test_whole_panels_need_no_draft(self, make, monkeypatch):
+        monkeypatch.setattr(compact_weight, "_BLOCK_BYTES", 1)
+        weight, packed = make(130, 75), empty_compact_weight(130, 75)
+        packed.write(weight[64:], row=64)
+        packed.write(weight[:64])
+        assert packed.contents.draft is None
+        assert torch.equal(bits(packed.read()), bits(weight))
+        packed.write(weight[:5] * 0, row=40)
+        packed.settle()
+        packed.write(weight[32:64], row=32)
+        assert torch.equal(bits(packed.read()), bits(weight))
 
     def test_a_reused_draft_leaves_nothing_behind(self):
         arena = WeightArena()

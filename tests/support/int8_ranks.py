@@ -27,7 +27,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "kept": {"weights": {"compression": "none"}},
     "int8": {"weights": {"quantization": "int8"}},
     "fp8": {"weights": {"quantization": "fp8"}},
-    "fp8_cache": {"cache": {"num_blocks": 128, "dtype": "fp8"}},
+    "fp8_cache": {"weights": {"compression": "none"}, "cache": {"num_blocks": 128, "dtype": "fp8"}},
 }
 
 

@@ -1,6 +1,6 @@
 """Rank program: loads one checkpoint and writes what this rank read, held and needed at its peak.
 
-Usage: torchrun --nproc-per-node N load_ranks.py SMALL_CHECKPOINT CHECKPOINT OUT_FOLDER
+Usage: torchrun --nproc-per-node N load_ranks.py SMALL_CHECKPOINT CHECKPOINT OUT_FOLDER COMPRESSION
 The small checkpoint is loaded first, so that imports do not count.
 """
 
@@ -22,11 +22,11 @@ def peak_rss() -> int:
     return int(line.split()[1]) * 1024
 
 
-def main(small: Path, checkpoint: Path, out: Path) -> None:
+def main(small: Path, checkpoint: Path, out: Path, compression: str) -> None:
     """Load both; report the second."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    inference = InferenceConfig(dtype="bf16")
+    inference = InferenceConfig.model_validate({"dtype": "bf16", "weights": {"compression": compression}})
     with InferenceShardformer(ShardConfig(device="cpu"), inference) as shardformer:
         shardformer.from_pretrained(small)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
@@ -43,4 +43,4 @@ def main(small: Path, checkpoint: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main(*map(Path, sys.argv[1:4]), sys.argv[4])

@@ -117,7 +117,8 @@ class ContextModel:
             length = batch.host_seq_lens[row] - (ends[row + 1] - 1 - packed)
             assert position_ids[0, packed].item() == length - 1
             rows.append(self._logits(batch.block_tables[row].long(), length, cache))
-        return SimpleNamespace(logits=torch.stack(rows).unsqueeze(0) if rows else torch.empty(1, 0, self.local_vocab))
+        logits = torch.stack(rows) if rows else torch.empty(0, self.local_vocab)
+        return SimpleNamespace(logits=logits, greatest=None)
 
     def _logits(self, table: torch.Tensor, length: int, cache: object) -> torch.Tensor:
         token_ids = [int(t) for t in cache.keys[table].flatten()[:length]]

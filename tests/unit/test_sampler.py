@@ -135,6 +135,19 @@ def test_greedy_is_the_first_of_equals_and_never_padding(greatest: Greatest | No
     assert chosen == [7, expected[1], NOT_FINITE, NOT_FINITE]
 
 
+def test_greatest_that_are_known_are_not_looked_for() -> None:
+    def refuse(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raise AssertionError("the model has found them")
+
+    logits = _logits(4)
+    known = torch.tensor([1.0, 2.0, torch.nan, 4.0]), torch.tensor([11, 12, NOT_FINITE, 14])
+    sampler = Sampler(SINGLE, (0, VOCAB_SIZE), greatest=refuse)
+    assert sampler.sample_on_device(logits, [_request()] * 4, known).tolist() == [11, 12, NOT_FINITE, 14]
+    mixed = [_request(), _request(temperature=1.0, top_k=1), _request(), _request()]
+    expected = [11, int(logits[1].argmax()), NOT_FINITE, 14]
+    assert sampler.sample_on_device(logits, mixed, known).tolist() == expected
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_rows_that_are_not_finite_are_marked_alone(value: float, temperature: float) -> None:

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 from waiting import Watch
 
-from inference_shardformer.layers.rotary import LengthDependentRotaryEmbedding, TabledRotaryEmbedding
+from inference_shardformer.layers.rotary import LengthDependentRotaryEmbedding, RotaryTable, TabledRotaryEmbedding
 from inference_shardformer.policies.base import BuildContext
 from inference_shardformer.policies.registry import policy_for
 from inference_shardformer.policies.rotary import rotary_from_native
@@ -63,3 +63,16 @@ def test_a_step_does_not_wait_for_the_lengths(name: str, monkeypatch: pytest.Mon
         found.append(watch.found)
     assert "tolist" in found[0]
     assert found[1] == []
+
+
+@pytest.mark.parametrize("case", ["gqa", "rope_linear", "rope_llama3", "rope_yarn"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_table_holds_what_the_module_makes_of_each_position(case: str, dtype: torch.dtype) -> None:
+    rotary = LlamaRotaryEmbedding(config=tiny_config(case))
+    table = RotaryTable(rotary, dtype)
+    for num_positions in (1, 1024, 1025, 5000, 7):  # as long as the longest before
+        cos, sin = table.upto(num_positions)
+        positions = torch.tensor([[num_positions - 1, 0, num_positions // 2]])
+        for ours, theirs in zip((cos, sin), rotary(torch.empty(0, dtype=dtype), positions), strict=True):
+            assert torch.equal(ours[positions[0]], theirs[0])
+    assert len(cos) == 8192

@@ -109,19 +109,18 @@ void cut_runs(AttentionPlan& plan, int32_t together) {
 
 extern "C" {
 
-// Bytes for the plan of this step and for running it on `threads` threads; leaves args->plan and scratch alone.
-ISF_EXPORT int32_t isf_paged_attention_sizes(const isf::PagedAttentionArgs* args, int32_t threads,
-                                             isf::AttentionSizes* sizes) {
+// Fill args->plan. Where `room` says that plan or scratch are too small, it says instead how many bytes they need; then
+// returns 1, else 0.
+ISF_EXPORT int32_t isf_paged_attention_plan(const isf::PagedAttentionArgs* args, isf::AttentionSizes* room) {
   const isf::Totals totals = isf::count(*args);
-  sizes->plan = sizeof(isf::AttentionPlan) + totals.items * sizeof(isf::AttentionItem) +
-                (totals.groups + totals.items + 1) * sizeof(int32_t);
-  sizes->scratch = isf::aligned(totals.result_floats * 4) + threads * isf::thread_scratch_bytes(args->head_dim);
-  return 0;
-}
-
-// Fill args->plan.
-ISF_EXPORT int32_t isf_paged_attention_plan(const isf::PagedAttentionArgs* args) {
-  const isf::Totals totals = isf::count(*args);
+  const int64_t plan_bytes = sizeof(isf::AttentionPlan) + totals.items * sizeof(isf::AttentionItem) +
+                             (totals.groups + totals.items + 1) * sizeof(int32_t);
+  const int64_t scratch_bytes =
+      isf::aligned(totals.result_floats * 4) + args->scratch_threads * isf::thread_scratch_bytes(args->head_dim);
+  if (room->plan < plan_bytes || room->scratch < scratch_bytes) {
+    *room = isf::AttentionSizes{plan_bytes, scratch_bytes};
+    return 1;
+  }
   isf::AttentionPlan* plan = static_cast<isf::AttentionPlan*>(args->plan);
   *plan = isf::AttentionPlan{static_cast<int32_t>(totals.items), static_cast<int32_t>(totals.groups), 0,
                              totals.result_floats, totals.bytes, 0, 0};

@@ -50,16 +50,16 @@ struct AddArgs {
 };
 
 // Rotates queries and keys, and stores keys and values at their slots. Angles come either from `cos` and `sin`, one row
-// for each token, or from `table`, one row for each position.
+// for each token or with `positions` for each position, or from `table`, one row for each position.
 struct RotaryArgs {
   void* q_out;                  // [num_tokens, num_heads, head_dim], contiguous
   const void* qkv;              // [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], rows qkv_stride apart
   void* k_cache;                // by block, slot in the block, head: with the three strides below
   void* v_cache;
-  const void* cos;              // [num_tokens, rotary_dim] of dtype, both halves alike; null with a table
+  const void* cos;              // [num_tokens or num_positions, rotary_dim] of dtype, both halves alike; null with a table
   const void* sin;
   const float* table;           // [num_positions, rotary_dim]: cosines, then sines, of rotary_dim / 2 angles
-  const int64_t* positions;     // [num_tokens], with a table
+  const int64_t* positions;     // [num_tokens], with a table; else null where cos and sin have a row for each token
   const int64_t* slot_mapping;  // [num_tokens]; a negative slot stores nothing
   int64_t num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, block_size;
   int64_t qkv_stride, angle_stride, block_stride, slot_stride, head_stride;
@@ -80,7 +80,7 @@ struct ArgmaxArgs {
   Best* partial;   // room for team.size results; needed when there are fewer rows than threads
   int64_t rows, size, stride;
   int32_t dtype;
-  int32_t unused;
+  int32_t marks;   // whether the index is -1 where the value is not finite
 };
 
 struct TopKArgs {

@@ -204,8 +204,9 @@ void rotary_tokens(const RotaryArgs& args, Team& team) {
     if (args.table != nullptr) {
       angles.table = args.table + args.positions[token] * args.rotary_dim;
     } else {
-      angles.cos = static_cast<const T*>(args.cos) + token * args.angle_stride;
-      angles.sin = static_cast<const T*>(args.sin) + token * args.angle_stride;
+      const int64_t row = args.positions != nullptr ? args.positions[token] : token;
+      angles.cos = static_cast<const T*>(args.cos) + row * args.angle_stride;
+      angles.sin = static_cast<const T*>(args.sin) + row * args.angle_stride;
     }
     const T* q = static_cast<const T*>(args.qkv) + token * args.qkv_stride;
     const T* k = q + args.num_heads * head_dim;

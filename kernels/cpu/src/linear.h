@@ -38,7 +38,6 @@ struct LinearArgs {
 // Up to so many rows every thread prepares all of them for itself, which is cheaper than waiting for the others; there
 // is nothing to do in `kPrepareRows`.
 constexpr int64_t kPrivateRows = 16;
-constexpr int64_t kCrewRows = kPrivateRows;
 
 // Runs on every thread of the team, which shares out the columns; ends without a barrier. In `kPrepareRows` it shares out
 // the rows, 16 of them together. The result of a row does not depend on the other rows or on the number of threads.

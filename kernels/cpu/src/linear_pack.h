@@ -29,4 +29,7 @@ struct PackedEmbeddingArgs {
   int32_t dtype;
 };
 
+// Shares out the ids; ends without a barrier.
+void packed_embedding_body(const PackedEmbeddingArgs& args, Team& team);
+
 }  // namespace isf

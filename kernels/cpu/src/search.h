@@ -49,6 +49,12 @@ Best best_of(const T* x, int64_t first, int64_t last) {
   return best;
 }
 
+ISF_INLINE void keep(const ArgmaxArgs& args, int64_t row, const Best& best) {
+  const bool is_finite = best.value - best.value == 0.0f;
+  args.index[row] = args.marks != 0 && !is_finite ? -1 : best.index;
+  args.value[row] = best.value;
+}
+
 template <class T>
 void argmax_rows(const ArgmaxArgs& args, Team& team) {
   const T* x = static_cast<const T*>(args.x);
@@ -56,9 +62,7 @@ void argmax_rows(const ArgmaxArgs& args, Team& team) {
     int64_t first, last;
     team.part(args.rows, 1, &first, &last);
     for (int64_t row = first; row < last; ++row) {
-      const Best best = best_of(x + row * args.stride, 0, args.size);
-      args.index[row] = best.index;
-      args.value[row] = best.value;
+      keep(args, row, best_of(x + row * args.stride, 0, args.size));
     }
     return;
   }
@@ -74,8 +78,7 @@ void argmax_rows(const ArgmaxArgs& args, Team& team) {
         const Best& other = args.partial[rank];
         if (other.index >= 0 && (best.index < 0 || is_better(other.value, best.value))) best = other;
       }
-      args.index[row] = best.index;
-      args.value[row] = best.value;
+      keep(args, row, best);
     }
     if (row + 1 < args.rows) team.barrier();
   }
