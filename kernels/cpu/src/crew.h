@@ -26,19 +26,23 @@ struct CrewWork {
   const void* context;
 };
 
-// How an operation is cut for a crew: a long share for each thread, then short ones with which it comes to a common end.
+// How an operation of so many equal units is cut for a crew: a long share for each thread, then two short ones for each,
+// with which the threads come to a common end. Threads that are equally fast get equal work.
 struct Share {
-  int rank, span, size;  // see Team
+  int rank, span, size;  // see Team; in units
 };
 
 constexpr int kSharesPerThread = 3;
-constexpr int kSharesOfThread = 8;  // in the unit of Share
-constexpr int kLongShare = 6;
 
-ISF_INLINE Share share_of(int part, int threads) {
-  const int size = kSharesOfThread * threads;
-  if (part < threads) return Share{kLongShare * part, kLongShare, size};
-  return Share{kLongShare * threads + part - threads, 1, size};
+ISF_INLINE bool has_shares(int64_t units, int threads) { return units >= 4 * threads; }
+
+ISF_INLINE Share share_of(int part, int threads, int64_t units) {
+  constexpr int kShortShares = 2, kShortPart = 8;  // a short share is an eighth of a thread's work
+  const int all = static_cast<int>(units), brief = all < kShortPart * threads ? 1 : all / (kShortPart * threads);
+  const int rest = all - kShortShares * threads * brief;
+  if (part >= threads) return Share{rest + (part - threads) * brief, brief, all};
+  const int first = rest * part / threads;
+  return Share{first, rest * (part + 1) / threads - first, all};
 }
 
 class Crew {

@@ -57,7 +57,8 @@ class Operations {
       Team one_of = layer.team_of(kind(operation), part, threads);
       return layer.run(kind(operation), one_of);
     }
-    Team one_of = is_cut_end(operation, threads) ? team_of_share(part, threads) : Team(part.part, part.num_parts, nullptr);
+    Team one_of = is_cut_end(operation, threads) ? team_of_share(part, ends_.head, threads)
+                                                 : Team(part.part, part.num_parts, nullptr);
     run_end(operation, one_of);
   }
 

@@ -21,12 +21,10 @@ enum Operation : int {
 int64_t width_of(const DecoderLayerArgs& args) { return args.rotary.dtype == kFloat32 ? 4 : 2; }
 
 // Whether there is a panel of the weight for every share of a crew of `threads`.
-bool has_panels_for(const LinearArgs& linear, int threads) {
-  return linear.n >= kSharesOfThread * threads * kPanelColumns;
-}
+bool has_panels_for(const LinearArgs& linear, int threads) { return has_shares(num_panels(linear), threads); }
 
-Team team_of_share(const CrewPart& part, int threads) {
-  const Share share = share_of(part.part, threads);
+Team team_of_share(const CrewPart& part, const LinearArgs& linear, int threads) {
+  const Share share = share_of(part.part, threads, num_panels(linear));
   return Team(share.rank, share.span, share.size, part.thread, part.is_again);
 }
 
@@ -89,13 +87,14 @@ struct Layer {
   int num_parts(int operation, int threads) const {
     const int64_t rows = args.step->num_tokens;
     if (operation == kAttention) return std::min(threads, args.step->attention->scratch_threads);
-    if (is_cut(operation, threads)) return kSharesPerThread * threads;
+    if (cut_projection(operation, threads) != nullptr) return kSharesPerThread * threads;
     if (is_preparation(operation)) return static_cast<int>(std::min<int64_t>((rows + 15) / 16, 2 * threads));
     return operation == kRotary && prepares ? 2 * threads : 1;
   }
 
   Team team_of(int operation, const CrewPart& part, int threads) const {
-    if (is_cut(operation, threads)) return team_of_share(part, threads);
+    const LinearArgs* projection = cut_projection(operation, threads);
+    if (projection != nullptr) return team_of_share(part, *projection, threads);
     if (operation == kAttention) return Team(part.part, part.num_parts, nullptr);
     return Team(part.part, 1, part.num_parts, part.thread, part.is_again);
   }
@@ -106,14 +105,14 @@ struct Layer {
            operation == kPrepareDown;
   }
 
-  // Projections, where there is a panel for every share.
-  bool is_cut(int operation, int threads) const {
+  // A projection that there is a panel of for every share, else null.
+  const LinearArgs* cut_projection(int operation, int threads) const {
     const LinearArgs* projection = operation == kQkv      ? &args.qkv
                                    : operation == kOut    ? &args.o
                                    : operation == kGateUp ? &args.gate_up
                                    : operation == kDown   ? &args.down
                                                           : nullptr;
-    return projection != nullptr && has_panels_for(*projection, threads);
+    return projection != nullptr && has_panels_for(*projection, threads) ? projection : nullptr;
   }
 
   void multiply(int operation, const LinearArgs& constant, const void* x, const void* residual, void* out, Team& team) const {

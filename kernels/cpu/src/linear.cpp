@@ -24,6 +24,10 @@ void linear_body(const LinearArgs& args, Team& team) {
   }
 }
 
+int64_t num_panels(const LinearArgs& args) {
+  return packed_layout(args.weight_dtype, args.n, args.k, args.segments).panels;
+}
+
 // As activations_at (linear_activations.h) lays it out.
 int64_t linear_workspace(const LinearArgs& args, int threads) {
   const int64_t rows = round_up(args.m, 16), depth = round_up(args.k, 64);
@@ -63,12 +67,19 @@ void run_as_crew(const LinearArgs* layers, int64_t count, int threads) {
     int threads;
   } shared{layers, threads};
   Crew crew(CrewWork{
-      count, [](const void* own, int64_t) { return kSharesPerThread * static_cast<const Shared*>(own)->threads; },
+      count,
+      [](const void* own, int64_t operation) {
+        const Shared& all = *static_cast<const Shared*>(own);
+        return has_shares(num_panels(all.layers[operation]), all.threads) ? kSharesPerThread * all.threads : 1;
+      },
       [](const void* own, const CrewPart& part) {
         const Shared& all = *static_cast<const Shared*>(own);
-        const Share share = share_of(part.part, all.threads);
+        const LinearArgs& layer = all.layers[part.operation];
+        const int panels = static_cast<int>(num_panels(layer));
+        const bool is_whole = part.num_parts == 1;
+        const Share share = is_whole ? Share{0, panels, panels} : share_of(part.part, all.threads, panels);
         Team one_of(share.rank, share.span, share.size, part.thread, part.is_again);
-        linear_body(all.layers[part.operation], one_of);
+        linear_body(layer, one_of);
       },
       &shared});
   const auto work = [](Team& team, const void* own) { static_cast<Crew*>(const_cast<void*>(own))->work(team.rank); };

@@ -43,6 +43,9 @@ constexpr int64_t kPrivateRows = 16;
 // the rows, 16 of them together. The result of a row does not depend on the other rows or on the number of threads.
 void linear_body(const LinearArgs& args, Team& team);
 
+// The units that a team shares out.
+int64_t num_panels(const LinearArgs& args);
+
 // The size of the workspace that `linear_body` needs for a team of `threads`.
 int64_t linear_workspace(const LinearArgs& args, int threads);
 

@@ -14,6 +14,7 @@ namespace {
 constexpr int64_t kCacheBytes = 1 << 20;  // of activations, to stay in the second-level cache while panels pass
 constexpr int64_t kNear = 2048;           // bytes ahead that a single pass over a panel asks for
 constexpr int64_t kFar = 8192;            // where it has many rows, which then keep the first-level cache
+constexpr int64_t kFirst = 3072;          // before it begins
 
 // What to fetch while a block of rows is multiplied with a panel: `lines` cache lines from `next` in every step, so
 // that memory is busy also while a panel is read again, from the cache, for further rows.
@@ -39,6 +40,11 @@ ISF_INLINE void fetch(Ahead& ahead) {
     for (int64_t i = 0; i < ahead.lines; ++i) __builtin_prefetch(ahead.next + i * 64, 0, 2);
   }
   ahead.next += ahead.lines * 64;
+}
+
+// Memory begins with a thread's first panel while its rows are packed.
+ISF_INLINE void fetch_first(const char* weight) {
+  for (int64_t line = 0; line < kFirst; line += 64) __builtin_prefetch(weight + line, 0, 2);
 }
 
 // The block that was multiplied last. It is finished bit by bit while the next one is multiplied, so that arithmetic
@@ -96,11 +102,12 @@ class Unfinished {
 template <class Format>
 ISF_INLINE void run_linear(const LinearArgs& args, Team& team) {
   const PackedLayout layout = packed_layout(args.weight_dtype, args.n, args.k, args.segments);
+  int64_t first, last;
+  team.part(layout.panels, 1, &first, &last);
+  if (args.stage != kPrepareRows) fetch_first(static_cast<const char*>(args.weight) + first * layout.panel_bytes);
   Format format(args, layout, activations_at(args, team));
   if (format.packs()) pack_rows(args, team, [&](int64_t i) { format.pack(i); });
   if (args.stage == kPrepareRows) return;
-  int64_t first, last;
-  team.part(layout.panels, 1, &first, &last);
   const int64_t cached = std::max<int64_t>(1, kCacheBytes / format.row_bytes() / Format::kRows) * Format::kRows;
   alignas(64) float sums[2][Format::kRows * kPanelColumns];
   Unfinished unfinished(args, layout);
