@@ -14,7 +14,8 @@ namespace {
 enum EndOperation : int { kEmbed, kSumEmbedding, kNorm, kHead, kGreatest, kEndOperations };
 constexpr int64_t kEndsBefore = 2;
 
-// Rows up to which layers are run by a crew: from 256 on a panel is no unit of work (linear_blocking.h).
+// Rows up to which layers are run by a crew: from 256 on a panel is no unit of work (linear_blocking.h). Sums over ranks
+// of more than few rows want all threads at once.
 constexpr int64_t kCrewRows = 255;
 
 // All operations of a step in a row; of layers those that are there.
@@ -234,7 +235,8 @@ ISF_EXPORT int64_t isf_decoder_layer_workspace(const isf::DecoderLayerArgs* args
 ISF_EXPORT int32_t isf_decoder_layers(const isf::DecoderLayersArgs* args, int32_t threads) {
   const isf::DecoderLayerArgs& first = *args->layers[0];
   const int64_t num_tokens = first.step->num_tokens;
-  const bool are_few = num_tokens <= isf::kPrivateRows, is_crew = threads > 1 && num_tokens <= isf::kCrewRows;
+  const bool are_few = num_tokens <= isf::kPrivateRows;
+  const bool is_crew = threads > 1 && (are_few || (first.group == nullptr && num_tokens <= isf::kCrewRows));
   const isf::Operations operations(*args, is_crew && !are_few);
   const int64_t behind = operations.behind_layers(), all = operations.count();
   if (are_few) {

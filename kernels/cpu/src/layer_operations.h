@@ -28,7 +28,7 @@ Team team_of_share(const CrewPart& part, const LinearArgs& linear, int threads) 
   return Team(share.rank, share.span, share.size, part.thread, part.is_again);
 }
 
-// One layer with its input and output, and the buffers between its operations, one behind the other.
+// One layer with its input and output, and the buffers between its operations.
 struct Layer {
   const DecoderLayerArgs& args;
   const void* hidden;
@@ -44,11 +44,14 @@ struct Layer {
       place += round_up(args.step->num_tokens * columns * width, 64);
       return taken;
     };
+    middle = take(args.o.n);
+    activated = take(args.down.k);
+    char* const behind = place;
+    place = activated;  // once there is anything to activate, attention is done with
     qkv = take(args.qkv.n);
     q = take(args.o.k);
     attended = take(args.o.k);
-    middle = take(args.o.n);
-    activated = take(args.down.k);
+    place = std::max(place, behind);
     partial = args.group != nullptr ? take(args.o.n) : nullptr;
     linear = place;
   }
