@@ -11,9 +11,8 @@ from tiny_models import hf_greedy, ragged_prompts, tiny_model
 
 from inference_shardformer.kernels.cpu.library import native_problem
 
-pytestmark = pytest.mark.skipif(native_problem() is not None, reason="there are no native kernels here")
 
-
+@pytest.mark.skipif(native_problem() is not None, reason="there are no native kernels here")
 def test_tokens_are_those_of_hugging_face_and_one_rank_alone_may_be_watched(tmp_path: Path) -> None:
     prompts = ragged_prompts(18, 150)
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
