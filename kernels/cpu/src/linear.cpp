@@ -24,9 +24,7 @@ void linear_body(const LinearArgs& args, Team& team) {
   }
 }
 
-int64_t num_panels(const LinearArgs& args) {
-  return packed_layout(args.weight_dtype, args.n, args.k, args.segments).panels;
-}
+int64_t num_panels(const LinearArgs& args) { return packed_panels(args.n, args.segments); }
 
 // As activations_at (linear_activations.h) lays it out.
 int64_t linear_workspace(const LinearArgs& args, int threads) {

@@ -47,19 +47,23 @@ struct PackedLayout {
 
 ISF_INLINE int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+ISF_INLINE int64_t packed_panels(int64_t n, int64_t segments) {
+  const int64_t segment_rows = segments == 2 ? n / 2 : n;
+  return (segments * ((segment_rows + kHalf - 1) / kHalf) + 1) / 2;
+}
+
 ISF_INLINE PackedLayout packed_layout(int32_t dtype, int64_t n, int64_t k, int64_t segments) {
   PackedLayout out;
   out.n = n;
   out.k = k;
   out.segments = segments;
-  out.segment_rows = n / segments;
+  out.segment_rows = segments == 2 ? n / 2 : n;
   const bool is_bf16 = dtype == kBFloat16 || dtype == kCompactBFloat16;
   out.unit = is_bf16 ? 2 : dtype == kInt8 ? 4 : 1;
   out.element = dtype == kFloat32 ? 4 : dtype == kInt8 ? 1 : 2;
   const int64_t depth = is_bf16 ? 32 : out.unit;
   out.k_padded = round_up(k, depth);
-  const int64_t halves = segments * ((out.segment_rows + kHalf - 1) / kHalf);
-  out.panels = (halves + 1) / 2;
+  out.panels = packed_panels(n, segments);
   out.panel_bytes = dtype == kCompactBFloat16 ? compact_panel_bytes(out.k_padded)
                                               : out.k_padded * kPanelColumns * out.element;
   return out;
