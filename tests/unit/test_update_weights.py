@@ -69,6 +69,20 @@ def test_the_next_tokens_are_those_of_the_new_weights():
     assert list(new) == hf_greedy(tiny_model("tied", seed=7), PROMPT, 6)
 
 
+@pytest.mark.parametrize("case", ["gqa", "tied"])
+def test_weights_that_are_compressed_are_exchanged_in_place(case):
+    def tokens(engine):
+        return engine.generate([PROMPT], SamplingParams(max_new_tokens=12, ignore_eos=True))[0].token_ids
+
+    with shardformer(dtype="bf16") as fresh:
+        expected_tokens = tokens(fresh.attach(fresh.optimize(tiny_model(case, seed=7).bfloat16())[0]))
+    with shardformer(dtype="bf16") as mine:
+        engine = mine.attach(mine.optimize(tiny_model(case).bfloat16())[0])
+        old = tokens(engine)
+        engine.update_weights({name: tensor.bfloat16() for name, tensor in others(case).items()})
+        assert tokens(engine) == expected_tokens != old
+
+
 @pytest.mark.parametrize("how", ["mapping", "iterator"])
 def test_rank_0_alone_brings_them_and_the_others_step(how, tmp_path):
     def program(rank):
