@@ -61,7 +61,8 @@ void linear_compress_body(const CompactArgs& args, Team& team) {
 
 void linear_expand_body(const CompactArgs& args, Team& team) {
   const int64_t steps = steps_of(args.k);
-  for_panels(args, team, [&](char* plain, const char* compact) { compact_kernels().expand_panel(compact, steps, plain); });
+  const auto expand = compact_kernels().expand_panel;
+  for_panels(args, team, [&](char* plain, const char* compact) { expand(compact, steps, plain); });
 }
 
 void compact_row(const char* panel, int64_t half, int64_t lane, int64_t k, uint16_t* out) {

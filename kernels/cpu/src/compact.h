@@ -6,11 +6,11 @@
 // is put right whenever its part of the panel is expanded. The list lies in the panel, where it would otherwise be a
 // wait for memory, unless it is too long for that.
 //
-// A panel is [header][list][k / 32][8 groups]. A group of 128 weights becomes the four cache lines that they are in a plain
-// panel (linear_layout.h): 64 low bytes of the first two lines, 64 of the others, 64 bytes of codes. Byte p of them,
-// with lane l = p / 16 and j = p % 16, belongs to 16-bit word 8 * l + j % 8 of the first line where j < 8, else of the
-// second; so an interleaving of bytes within lanes of 16 yields both. The code of the first two lines is in the lower
-// four bits.
+// A panel is [header][list][k / 32][8 groups]. A group of 128 weights becomes the four cache lines that they are in a
+// plain panel (linear_layout.h): 64 low bytes of the first two lines, 64 of the others, 64 bytes of codes. Byte p of
+// them, with lane l = p / 16 and j = p % 16, belongs to 16-bit word 8 * l + j % 8 of the first line where j < 8, else of
+// the second; so an interleaving of bytes within lanes of 16 yields both. The code of the first two lines is in the
+// lower four bits.
 #pragma once
 #include <cstdint>
 

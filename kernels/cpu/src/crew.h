@@ -26,8 +26,8 @@ struct CrewWork {
   const void* context;
 };
 
-// How an operation of so many equal units is cut for a crew: a long share for each thread, then two short ones for each,
-// with which the threads come to a common end. Threads that are equally fast get equal work.
+// How an operation of so many equal units is cut for a crew: a long share for each thread, then two short ones for
+// each, with which the threads come to a common end. Threads that are equally fast get equal work.
 struct Share {
   int rank, span, size;  // see Team; in units
 };

@@ -14,8 +14,8 @@ namespace {
 enum EndOperation : int { kEmbed, kSumEmbedding, kNorm, kHead, kGreatest, kEndOperations };
 constexpr int64_t kEndsBefore = 2;
 
-// Rows up to which layers are run by a crew: from 256 on a panel is no unit of work (linear_blocking.h). Sums over ranks
-// of more than few rows want all threads at once.
+// Rows up to which layers are run by a crew: from 256 on a panel is no unit of work (linear_blocking.h). Sums over
+// ranks of more than few rows want all threads at once.
 constexpr int64_t kCrewRows = 255;
 
 // All operations of a step in a row; of layers those that are there.
@@ -146,9 +146,9 @@ class Operations {
 
   void find_greatest(Team& team) const {
     const int64_t stride = ends_.head.n;
-    argmax_body(ArgmaxArgs{ends_.logits, ends_.places, ends_.values, nullptr, ends_.num_logits, ends_.vocabulary, stride,
-                           kFloat32, 1},
-                team);
+    const ArgmaxArgs argmax{ends_.logits,      ends_.places, ends_.values, nullptr, ends_.num_logits,
+                            ends_.vocabulary, stride,       kFloat32,     1};
+    argmax_body(argmax, team);
   }
 
   const DecoderLayersArgs& args_;

@@ -56,7 +56,7 @@ struct RotaryArgs {
   const void* qkv;              // [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], rows qkv_stride apart
   void* k_cache;                // by block, slot in the block, head: with the three strides below
   void* v_cache;
-  const void* cos;              // [num_tokens or num_positions, rotary_dim] of dtype, both halves alike; null with a table
+  const void* cos;              // [num_tokens or num_positions, rotary_dim] of dtype, halves alike; null with a table
   const void* sin;
   const float* table;           // [num_positions, rotary_dim]: cosines, then sines, of rotary_dim / 2 angles
   const int64_t* positions;     // [num_tokens], with a table; else null where cos and sin have a row for each token

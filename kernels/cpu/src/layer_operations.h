@@ -118,7 +118,8 @@ struct Layer {
     return projection != nullptr && has_panels_for(*projection, threads) ? projection : nullptr;
   }
 
-  void multiply(int operation, const LinearArgs& constant, const void* x, const void* residual, void* out, Team& team) const {
+  void multiply(int operation, const LinearArgs& constant, const void* x, const void* residual, void* out,
+                Team& team) const {
     LinearArgs own = constant;
     own.x = x;
     own.out = out;

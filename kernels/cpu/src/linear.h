@@ -39,8 +39,8 @@ struct LinearArgs {
 // is nothing to do in `kPrepareRows`.
 constexpr int64_t kPrivateRows = 16;
 
-// Runs on every thread of the team, which shares out the columns; ends without a barrier. In `kPrepareRows` it shares out
-// the rows, 16 of them together. The result of a row does not depend on the other rows or on the number of threads.
+// Runs on every thread of the team, which shares out the columns; ends without a barrier. In `kPrepareRows` it shares
+// out the rows, 16 of them together. The result of a row does not depend on the other rows or on the number of threads.
 void linear_body(const LinearArgs& args, Team& team);
 
 // The units that a team shares out.

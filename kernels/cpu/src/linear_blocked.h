@@ -64,7 +64,9 @@ class BlockedProduct {
           multiply<false>(block, slice, panels_.made(here), next_rows(row, slice, p, panels), to_.sums + p * kSums);
           continue;
         }
-        const SliceOfPanel next = p + 1 < panels ? part(p + 1, k) : slice.is_last ? SliceOfPanel{} : part(0, k + slice.depth);
+        const SliceOfPanel next = p + 1 < panels  ? part(p + 1, k)
+                                  : slice.is_last ? SliceOfPanel{}
+                                                  : part(0, k + slice.depth);
         const SliceOfPanel& read = Panels::kIsMadeAhead ? next : here;
         const Ahead ahead{panels_.stored(read.panel, read.k) + 2 * Panels::kStepBytes, kStepLines, false};
         multiply<false>(block, slice, panels_.make(here, next), ahead, to_.sums + p * kSums);
