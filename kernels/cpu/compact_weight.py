@@ -19,7 +19,7 @@ from inference_shardformer.kernels.cpu.packed_weight import PackedWeight, Weight
 _compress = NativeKernel("linear_compress", CompactArgs)
 _expand = NativeKernel("linear_expand", CompactArgs)
 
-_LARGEST_DEPTH = 1 << 18  # kMaxCompactDepth
+_LARGEST_DEPTH = 1 << 18  # places of exceptions have 24 bits, and stay below that of the list's end
 _PANEL_ROWS = 32
 _BLOCK_BYTES = 1 << 20  # of rows that are compressed together
 _GAINING = frozenset({"avx512", "avx512_bf16", "amx"})  # levels whose instructions expand faster than memory reads

@@ -24,13 +24,11 @@ constexpr int64_t kCompactStepBytes = kStepGroups * kGroupBytes;  // 1536
 constexpr int64_t kStepWeights = 1024, kExpandedStepBytes = kStepWeights * 2;
 constexpr int kPatterns = 8;
 constexpr uint32_t kNoMoreExceptions = 0xffffffffu;
-constexpr int64_t kMaxCompactDepth = 1 << 18;  // of k: places have 24 bits, and all are below that of kNoMoreExceptions
 
 struct alignas(64) CompactHeader {
   uint8_t high[16];            // the high byte of each code
   const uint32_t* exceptions;  // place << 8 | high byte, by steps; then kNoMoreExceptions. Null: all weights are zero
-  int64_t num_exceptions;
-  uint8_t reserved[32];
+  uint8_t reserved[40];
 };
 
 // How long a list is that lies in its panel, its end included: whole cache lines, and one in every step.

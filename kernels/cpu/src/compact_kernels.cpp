@@ -93,9 +93,8 @@ int64_t compress_panel(const char* plain, int64_t steps, char* compact, uint32_t
     }
     for (int p = 0; p < 64; ++p) out[128 + p] = static_cast<uint8_t>(codes[0][p] | codes[1][p] << 4);
   }
-  header.num_exceptions = exception - exceptions;
   *exception = kNoMoreExceptions;
-  return header.num_exceptions;
+  return exception - exceptions;
 }
 
 void expand_panel(const char* compact, int64_t steps, char* plain) {

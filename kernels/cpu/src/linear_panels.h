@@ -57,7 +57,6 @@ class CompactPanels {
   static constexpr int64_t kStepBytes = kCompactStepBytes;
   static constexpr bool kIsMadeAhead = true;
   CompactPanels(const void* weight, const PackedLayout& layout, char* expanded)
-     
       : weight_(static_cast<const char*>(weight)),
         panel_bytes_(layout.panel_bytes),
         steps_(layout.k_padded / 32),
