@@ -29,6 +29,7 @@ from inference_shardformer.config.store import ConfigStore
 from inference_shardformer.distributed.guard import RankGuard
 from inference_shardformer.distributed.tensor_parallel import TensorParallelGroup
 from inference_shardformer.engine.engine import InferenceEngine
+from inference_shardformer.kernels.cpu.library import native, native_problem
 from inference_shardformer.kv_cache.cache import PagedKVCache
 from inference_shardformer.kv_cache.spec import KVCacheSpec
 
@@ -287,6 +288,16 @@ def assert_all_free(engine: InferenceEngine) -> None:
     assert engine.num_unfinished == 0
     assert core.live == {}
     assert core.scheduler.allocator.num_free == core.scheduler.allocator.num_blocks
+
+
+@pytest.fixture(params=native().isa_levels if native_problem() is None else ["none"])
+def isa_level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """One instruction-set level of the native kernels after the other."""
+    library = native()
+    before = library.isa_level
+    library.set_isa_level(request.param)
+    yield request.param
+    library.set_isa_level(before)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,12 @@ from inference_shardformer.modeling.packed_forward import PackedForward
 
 pytestmark = pytest.mark.skipif(native_problem() is not None, reason="there are no native kernels here")
 
+KINDS: dict[str, dict[str, object]] = {
+    "fp32": {"dtype": "fp32"},
+    "bf16": {"dtype": "bf16"},
+    "uncompressed": {"dtype": "bf16", "weights": {"compression": "none"}},
+    "int8": {"dtype": "bf16", "weights": {"quantization": "int8"}},
+}
 # Lengths of prompts that run in one step: few rows, those of a crew that prepares rows first, and those of a team.
 STEPS = {"one": [1], "few": [3, 9], "prepared": [20], "ragged": [1, 17, 60, 101], "most": [255], "team": [200, 90]}
 
@@ -37,7 +43,7 @@ def prompts_of(lengths: list[int]) -> list[list[int]]:
 
 
 def served(
-    dtype: str, model: LlamaForCausalLM, threads: int, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    kind: str, model: LlamaForCausalLM, threads: int, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> tuple[list[torch.Tensor], list[list[int]]]:
     """The logits of every step, and the tokens."""
     seen: list[torch.Tensor] = []
@@ -48,7 +54,7 @@ def served(
         seen.append(output.logits.clone())
         return output
 
-    config = InferenceConfig.model_validate({"dtype": dtype, "kernels": {"decoder_layer": "cpu"}})
+    config = InferenceConfig.model_validate({**KINDS[kind], "kernels": {"decoder_layer": "cpu"}})
     shard, sources = ShardConfig(device="cpu", threads_per_rank=threads), ConfigSources(environ={})
     before = torch.get_num_threads()
     try:
@@ -62,12 +68,12 @@ def served(
 
 
 @pytest.mark.parametrize("lengths", STEPS.values(), ids=STEPS)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_threads_change_no_bit(dtype: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts, kind = prompts_of(lengths), {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    alone, tokens = served(dtype, wide_model(kind), 1, prompts, monkeypatch)
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_change_no_bit(kind: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, dtype = prompts_of(lengths), torch.float32 if kind == "fp32" else torch.bfloat16
+    alone, tokens = served(kind, wide_model(dtype), 1, prompts, monkeypatch)
     for threads in (2, 3, 4):
-        together, same = served(dtype, wide_model(kind), threads, prompts, monkeypatch)
+        together, same = served(kind, wide_model(dtype), threads, prompts, monkeypatch)
         assert same == tokens
         assert all(torch.equal(mine, its) for mine, its in zip(together, alone, strict=True))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from tiny_models import hf_greedy, ragged_prompts, tiny_model
@@ -11,7 +9,7 @@ from tiny_models import hf_greedy, ragged_prompts, tiny_model
 from inference_shardformer import InferenceConfig, InferenceShardformer, SamplingParams, ShardConfig
 from inference_shardformer.attention.proof import Trial, make_trial
 from inference_shardformer.errors import BackendUnavailableError
-from inference_shardformer.kernels.cpu.library import native, native_problem
+from inference_shardformer.kernels.cpu.library import native_problem
 from inference_shardformer.modeling.nopadding_decoder_layer import NoPaddingDecoderLayer
 
 pytestmark = pytest.mark.skipif(native_problem() is not None, reason="there are no native kernels here")
@@ -27,15 +25,6 @@ CASES = [
     ("biased", "fp16", None),
     ("gqa", "bf16", "int8"),
 ]
-
-
-@pytest.fixture(params=native().isa_levels if native_problem() is None else ["none"])
-def isa_level(request: pytest.FixtureRequest) -> Iterator[str]:
-    library = native()
-    before = library.isa_level
-    library.set_isa_level(request.param)
-    yield request.param
-    library.set_isa_level(before)
 
 
 def _served(case: str, dtype: str, quantization: str | None) -> InferenceShardformer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,22 +12,13 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from inference_shardformer import InferenceConfig, InferenceShardformer, SamplingParams, ShardConfig
 from inference_shardformer.errors import RequestError
-from inference_shardformer.kernels.cpu.library import native, native_problem
+from inference_shardformer.kernels.cpu.library import native_problem
 from inference_shardformer.modeling.packed_forward import PackedForward
 
 pytestmark = pytest.mark.skipif(native_problem() is not None, reason="there are no native kernels here")
 
 NUM_TOKENS = 4
 Logits = list[torch.Tensor]  # of every step, [num_logits, vocabulary]
-
-
-@pytest.fixture(params=native().isa_levels if native_problem() is None else ["none"])
-def isa_level(request: pytest.FixtureRequest) -> Iterator[str]:
-    library = native()
-    before = library.isa_level
-    library.set_isa_level(request.param)
-    yield request.param
-    library.set_isa_level(before)
 
 
 def _config(dtype: str = "fp32", **scheduler: int) -> InferenceConfig:
