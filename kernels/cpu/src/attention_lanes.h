@@ -29,7 +29,6 @@ constexpr int kLanes = 4;
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
 typedef float Vec4 __attribute__((vector_size(16)));
-typedef int32_t IntVec4 __attribute__((vector_size(16)));
 
 template <class V>
 ISF_INLINE V load_as(const void* from) {
@@ -67,10 +66,9 @@ ISF_INLINE Vec4 sums(Vec a, Vec b, Vec c, Vec d) {
 #endif
   };
   const Vec4 fa = folded(a), fb = folded(b), fc = folded(c), fd = folded(d);
-  const IntVec4 low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, front = {0, 1, 4, 5}, back = {2, 3, 6, 7};
-  const Vec4 ab = __builtin_shuffle(fa, fb, low) + __builtin_shuffle(fa, fb, high);
-  const Vec4 cd = __builtin_shuffle(fc, fd, low) + __builtin_shuffle(fc, fd, high);
-  return __builtin_shuffle(ab, cd, front) + __builtin_shuffle(ab, cd, back);
+  const Vec4 ab = Vec4{fa[0], fb[0], fa[1], fb[1]} + Vec4{fa[2], fb[2], fa[3], fb[3]};
+  const Vec4 cd = Vec4{fc[0], fd[0], fc[1], fd[1]} + Vec4{fc[2], fd[2], fc[3], fd[3]};
+  return Vec4{ab[0], ab[1], cd[0], cd[1]} + Vec4{ab[2], ab[3], cd[2], cd[3]};
 }
 
 ISF_INLINE float sum(Vec v) { return sums(v, Vec{}, Vec{}, Vec{})[0]; }
