@@ -71,7 +71,7 @@ class _Unit(NamedTuple):
 
 
 class _CompileError(Exception):
-    """The compiler refused a file."""
+    """There is no compiler, or it refused a file."""
 
 
 def build(target: Path = FOLDER, *, work: Path | None = None) -> BuildRecord:
@@ -99,16 +99,16 @@ def source_digest() -> str:
 
 def _build(target: Path, work: Path) -> BuildRecord:
     digest = source_digest()
-    compiler = _compiler()
-    if compiler is None:
-        error = "no C++ compiler: neither $CXX nor g++, c++ or clang++ is a program here"
-        return BuildRecord((), "", digest, error)
+    try:
+        compiler = _compiler()
+    except _CompileError as exc:
+        return BuildRecord((), "", digest, f"no C++ compiler: {exc}")
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         flags = _LEVELS.get(platform.machine(), {})
-        known = list(pool.map(lambda level: _accepts(compiler, flags[level]), flags))
-        levels = {level: flags[level] for level, is_known in zip(flags, known, strict=True) if is_known}
-        units = list(_units(compiler, levels, work))
         try:
+            known = list(pool.map(lambda level: _accepts(compiler, flags[level]), flags))
+            levels = {level: flags[level] for level, is_known in zip(flags, known, strict=True) if is_known}
+            units = list(_units(compiler, levels, work))
             list(pool.map(_compile, units))
             _link(compiler, [unit.target for unit in units], target / LIBRARY)
         except _CompileError as exc:
@@ -116,17 +116,23 @@ def _build(target: Path, work: Path) -> BuildRecord:
     return BuildRecord(("portable", *levels), shlex.join(compiler), digest)
 
 
-def _compiler() -> list[str] | None:
-    """The command of the C++ compiler."""
-    named = shlex.split(os.environ.get("CXX", ""))
-    candidates = [named] if named else [["g++"], ["c++"], ["clang++"]]
-    return next((command for command in candidates if shutil.which(command[0])), None)
+def _compiler() -> list[str]:
+    """The command of the C++ compiler: what `$CXX` names, and nothing else, or the first that is there."""
+    named = os.environ.get("CXX", "")
+    try:
+        candidates = [command] if (command := shlex.split(named)) else [["g++"], ["c++"], ["clang++"]]
+    except ValueError as exc:
+        raise _CompileError(f"CXX={named!r} is no command: {exc}") from exc
+    for command in candidates:
+        if shutil.which(command[0]):
+            return command
+    raise _CompileError(f"CXX={named!r} is no program here" if named else "none of g++, c++ and clang++ is here")
 
 
 def _accepts(compiler: list[str], flags: tuple[str, ...]) -> bool:
     """Whether the compiler knows a level's instructions."""
     command = [*compiler, *flags, "-x", "c++", "-fsyntax-only", "-include", "immintrin.h", os.devnull]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    return _ran(command).returncode == 0
 
 
 def _units(compiler: list[str], levels: dict[str, tuple[str, ...]], work: Path) -> Iterator[_Unit]:
@@ -178,9 +184,19 @@ def _link(compiler: list[str], objects: list[Path], library: Path) -> None:
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = _ran(command)
     if done.returncode != 0:
-        raise _CompileError(f"{shlex.join(command)} failed: {done.stderr[-2000:].strip()}")
+        status = done.returncode
+        end = f"ended with status {status}" if status > 0 else f"was killed by signal {-status}"
+        raise _CompileError(f"{shlex.join(command)} {end}: {done.stderr[-2000:].strip() or 'it says nothing'}")
+
+
+def _ran(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run it to its end. Raises `_CompileError` for a file that the system cannot execute."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as exc:
+        raise _CompileError(f"{shlex.join(command)} does not start: {exc}") from exc
 
 
 @contextmanager

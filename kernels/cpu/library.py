@@ -164,7 +164,7 @@ def _absence(folder: Path) -> NativeProblem:
     record = BuildRecord.read(folder)
     if record is not None and record.error:
         message = f"the native CPU kernels could not be built: {record.error}"
-        return NativeProblem("native_build", message, f"install g++ 10 or later, then {_REBUILD}")
+        return NativeProblem("native_build", message, f"install g++ 10 or clang++ 14 or later, then {_REBUILD}")
     message = f"the native CPU kernels were never built: {folder} holds no {LIBRARY}"
     return NativeProblem("native_missing", message, f"with a C++ compiler, {_REBUILD}")
 

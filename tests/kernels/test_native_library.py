@@ -106,7 +106,14 @@ class TestBuild:
         assert (built / build.LIBRARY).read_bytes() == before
         assert native_status().is_stale
 
-    @pytest.mark.parametrize(("cxx", "said"), [("no-such-compiler", "no C++ compiler"), ("false", "false -std=")])
+    @pytest.mark.parametrize(
+        ("cxx", "said"),
+        [
+            ("no-such-compiler", "no C++ compiler: CXX='no-such-compiler' is no program here"),
+            ("'g++", 'no C++ compiler: CXX="\'g++" is no command'),
+            ("false", "ended with status 1: it says nothing"),
+        ],
+    )
     def test_without_a_compiler(self, sources, tmp_path, monkeypatch, cxx, said):
         monkeypatch.setenv("CXX", cxx)
         record = build.build(tmp_path / "built")
@@ -120,6 +127,31 @@ class TestBuild:
             native()
         assert caught.value.problem == problem
         assert "remedy: install g++" in str(caught.value)
+
+    def test_no_compiler_at_all(self, sources, tmp_path, monkeypatch):
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert build.build(tmp_path / "built").error == "no C++ compiler: none of g++, c++ and clang++ is here"
+
+    @pytest.mark.parametrize(
+        ("program", "said"),
+        [("#!/bin/sh\nkill -SEGV $$\n", "was killed by signal 11"), ("\x7fELF, but no program", "does not start")],
+        ids=["crashes", "does not start"],
+    )
+    def test_a_broken_compiler_is_a_verdict(self, sources, tmp_path, monkeypatch, program, said):
+        broken = tmp_path / "broken-g++"
+        broken.write_text(program)
+        broken.chmod(0o755)
+        monkeypatch.setenv("CXX", str(broken))
+        record = build.build(tmp_path / "built")
+        assert said in record.error
+        assert str(broken) in record.error
+        assert native_problem().code == "native_build"
+
+    def test_two_builds_are_the_same_bytes(self, sources, built, tmp_path):
+        again = build.build(tmp_path / "again", work=tmp_path / "work")
+        assert again == build.BuildRecord.read(built)
+        assert (tmp_path / "again" / build.LIBRARY).read_bytes() == (built / build.LIBRARY).read_bytes()
 
     def test_a_level_that_the_compiler_does_not_know_is_left_out(self, sources, tmp_path, monkeypatch):
         monkeypatch.setattr(build, "_LEVELS", {build.platform.machine(): {"odd": ("-mno-such-instructions",)}})
