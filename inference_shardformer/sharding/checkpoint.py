@@ -17,7 +17,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth")
 _CHUNK_BYTES = 8 * 2**20
-_ROWS_TOGETHER = 64  # of a packed weight; a group of them is stored without waiting for more
+ROWS_TOGETHER = 64  # of a packed weight; a group of them is stored without waiting for more
 
 
 class SafetensorsCheckpoint:
@@ -107,7 +107,7 @@ class StateDictSource:
 def rows_per_chunk(shape: tuple[int, ...]) -> int:
     """Of about eight megabytes, whatever the type: in multiples of what kernels store together, where that fits."""
     rows = max(1, _CHUNK_BYTES // max(1, 8 * math.prod(shape[1:])))
-    return rows // _ROWS_TOGETHER * _ROWS_TOGETHER or rows
+    return rows // ROWS_TOGETHER * ROWS_TOGETHER or rows
 
 
 def _file_names(folder: Path) -> list[str]:

@@ -103,9 +103,7 @@ class PackedWeight:
         Raises `ValueError` for a slab that does not fit or has another type, or, for int8, cuts a group of columns.
         """
         is_quantized = self.dtype == torch.int8
-        if not is_quantized and slab.dtype != self.dtype:
-            raise ValueError(f"a slab of {slab.dtype} cannot be packed into a weight of {self.dtype}; convert it first")
-        args = self._slab(slab, row, column)
+        args = self._check_slab(slab, row, column)
         size = self.group_size or self.in_features
         end = column + slab.shape[1]
         if is_quantized and (column % size != 0 or (end % size != 0 and end != self.in_features)):
@@ -130,6 +128,12 @@ class PackedWeight:
         slab = torch.empty(count, self.in_features, dtype=dtype)
         (_dequantize if is_quantized else _unpack)(*self._slab(slab, row, 0))
         return slab
+
+    def _check_slab(self, slab: torch.Tensor, row: int, column: int) -> tuple[object, ...]:
+        """The arguments for writing a slab. Raises `ValueError` if it cannot be."""
+        if self.dtype not in (torch.int8, slab.dtype):
+            raise ValueError(f"a slab of {slab.dtype} cannot be packed into a weight of {self.dtype}; convert it first")
+        return self._slab(slab, row, column)
 
     def _slab(self, slab: torch.Tensor, row: int, column: int) -> tuple[object, ...]:
         """The arguments for moving a slab at a place."""
@@ -176,6 +180,14 @@ def empty_weight(
     return PackedWeight(out_features, in_features, dtype, segments, group_size, storage, scales)
 
 
+def empty_weight_in(
+    arena: WeightArena, out_features: int, in_features: int, *, dtype: torch.dtype, segments: int
+) -> PackedWeight:
+    """A packed weight in memory that the arena lends, with anything in it."""
+    num_bytes, _ = packed_sizes(WEIGHT_DTYPES[dtype], out_features, in_features, segments)
+    return PackedWeight(out_features, in_features, dtype, segments, 0, arena.lend(num_bytes), None)
+
+
 def num_bytes_of(
     out_features: int, in_features: int, *, dtype: torch.dtype, segments: int = 1, group_size: int = 0
 ) -> int:
@@ -219,6 +231,12 @@ def packed_sizes(dtype_code: int, out_features: int, in_features: int, segments:
     )
     shape = dtype_code, out_features, in_features, segments
     return int(num_bytes(*shape)), int(num_panels(*shape))
+
+
+def panel_bytes(dtype_code: int, in_features: int) -> int:
+    """Bytes of a panel of 32 rows, without scales: from the start of one to the start of the next."""
+    sizes = (ctypes.c_int32, ctypes.c_int64)
+    return int(native().function("isf_panel_bytes", argtypes=sizes, restype=ctypes.c_int64)(dtype_code, in_features))
 
 
 def _small(num_bytes: int) -> torch.Tensor:

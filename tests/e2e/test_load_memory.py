@@ -22,8 +22,8 @@ SHAPE = {
 }  # 160 M parameters, 320 MB in bf16
 
 
-@pytest.mark.parametrize(("compression", "least", "peak"), [("none", 1.0, 1.1), ("auto", 0.75, 1.15)])
-def test_each_rank_reads_and_holds_its_share(tmp_path: Path, compression: str, least: float, peak: float) -> None:
+@pytest.mark.parametrize(("compression", "least"), [("none", 1.0), ("auto", 0.75)])
+def test_each_rank_reads_and_holds_its_share(tmp_path: Path, compression: str, least: float) -> None:
     save_tiny_model("gqa", tmp_path / "small")
     model = LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "large", max_shard_size="100MB")
@@ -39,4 +39,4 @@ def test_each_rank_reads_and_holds_its_share(tmp_path: Path, compression: str, l
         assert report["planned"] == report["held"]
         assert report["read"] == share
         assert least * share <= report["planned"] <= 1.01 * share  # what a kernel pads
-        assert report["peak"] <= peak * report["planned"]
+        assert report["peak"] <= 1.1 * report["planned"]

@@ -138,34 +138,43 @@ class TestWriting:
         packed.settle()
         assert packed.num_bytes == size
 
-    def test_it_needs_no_second_copy(self):
-        """Drafts are borrowed, one after the other, and let go of in the end."""
+    def test_it_needs_no_second_copy(self, monkeypatch):
+        """Drafts of blocks are borrowed, one after the other, and let go of in the end."""
+        monkeypatch.setattr(compact_weight, "_BLOCK_BYTES", 2 * 32 * 96)  # a panel: 16 rows of each half
         arena = WeightArena()
-        weights = [usual(64, 96, seed=seed) for seed in range(4)]
-        held = [empty_compact_weight(64, 96, segments=2, is_filled=True, arena=arena) for _ in weights]
+        weights = [usual(128, 96, seed=seed) for seed in range(3)]
+        held = [empty_compact_weight(128, 96, segments=2, is_filled=True, arena=arena) for _ in weights]
         drafts = set()
         for packed, weight in zip(held, weights, strict=True):
-            packed.write(weight[:32])
-            packed.write(weight[32:], row=32)
-            drafts.add(packed.contents.draft.storage_pointer)
-            packed.settle()
+            for row in range(0, 64, 8):
+                for first in (row, 64 + row):
+                    packed.write(weight[first : first + 8], row=first)
+                    drafts |= {each.plain.storage_pointer for each in packed.contents.drafts.values()}
+                    assert len(packed.contents.drafts) <= 1
+            assert not packed.contents.drafts  # before it is settled
+            packed.write(weight)
+            assert not packed.contents.drafts
         assert len(drafts) == 1
         arena.keep_nothing()
         assert all(torch.equal(packed.read(), weight) for packed, weight in zip(held, weights, strict=True))
         assert arena.lend(100).data_ptr() not in drafts
 
+    @pytest.mark.parametrize("segments", [1, 2])
     @pytest.mark.parametrize("make", WEIGHTS.values(), ids=WEIGHTS)
-    def test_whole_panels_need_no_draft(self, make, monkeypatch):
+    def test_blocks_of_any_size_and_rows_in_any_order(self, make, segments, monkeypatch):
         monkeypatch.setattr(compact_weight, "_BLOCK_BYTES", 1)
-        weight, packed = make(130, 75), empty_compact_weight(130, 75)
+        weight, packed = make(130, 75), empty_compact_weight(130, 75, segments=segments)
         packed.write(weight[64:], row=64)
         packed.write(weight[:64])
-        assert packed.contents.draft is None
         assert torch.equal(bits(packed.read()), bits(weight))
         packed.write(weight[:5] * 0, row=40)
         packed.settle()
-        packed.write(weight[32:64], row=32)
+        packed.write(weight[32:64, 11:], row=32, column=11)
+        packed.write(weight[32:64, :11], row=32)
+        packed.settle()
+        assert not packed.contents.drafts
         assert torch.equal(bits(packed.read()), bits(weight))
+        assert torch.equal(bits(packed.read(row=33, num_rows=70)), bits(weight[33:103]))
 
     def test_a_reused_draft_leaves_nothing_behind(self):
         arena = WeightArena()

@@ -51,7 +51,10 @@ void linear_compress_body(const CompactArgs& args, Team& team) {
     uint32_t* list = reinterpret_cast<uint32_t*>(compact + sizeof(CompactHeader));
     if (count > room_for_exceptions(steps)) {
       const int64_t begin = __atomic_fetch_add(args.needed, count, __ATOMIC_RELAXED);
-      if (begin + count > args.capacity) return;
+      if (begin + count > args.capacity) {
+        header.exceptions = nullptr;  // the list it had may be gone
+        return;
+      }
       list = args.exceptions + begin;
     }
     std::copy(found.get(), found.get() + count, list);

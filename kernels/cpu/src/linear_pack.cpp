@@ -251,6 +251,11 @@ extern "C" ISF_EXPORT int64_t isf_packed_bytes(int32_t dtype, int64_t n, int64_t
   return layout.panels * layout.panel_bytes + isf::kPackedSlack;
 }
 
+// Bytes from the start of a panel to the start of the next.
+extern "C" ISF_EXPORT int64_t isf_panel_bytes(int32_t dtype, int64_t k) {
+  return isf::packed_layout(dtype, isf::kPanelColumns, k, 1).panel_bytes;
+}
+
 // Panels of the packed weight; scales are [panels, groups, 32].
 extern "C" ISF_EXPORT int64_t isf_packed_panels(int32_t dtype, int64_t n, int64_t k, int64_t segments) {
   return isf::packed_layout(dtype, n, k, segments).panels;
