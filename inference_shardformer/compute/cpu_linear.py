@@ -11,7 +11,12 @@ import torch
 from inference_shardformer.attention.spec import Reason
 from inference_shardformer.compute.base import ComputeCapabilities, ComputeSpec
 from inference_shardformer.compute.linear import Compression, LinearKernel, LinearShape, LinearWeight
-from inference_shardformer.kernels.cpu.compact_weight import can_compress, empty_compact_weight, num_compact_bytes
+from inference_shardformer.kernels.cpu.compact_weight import (
+    LARGEST_DEPTH,
+    compression_gains,
+    empty_compact_weight,
+    num_compact_bytes,
+)
 from inference_shardformer.kernels.cpu.library import native, native_problem
 from inference_shardformer.kernels.cpu.linear import Activation, embedding, linear
 from inference_shardformer.kernels.cpu.packed_weight import PackedWeight, WeightArena, empty_weight, num_bytes_of
@@ -115,15 +120,15 @@ class CpuLinear(LinearKernel):
         """Weights that were asked for compressed cannot be."""
         if spec.compression != LOSSLESS or spec.device.type not in cls.capabilities.devices:
             return []
-        problem = _uncompressed(spec, spec.dtype)
+        problem = _uncompressed(spec, spec.dtype, spec.hidden_size)
         return [] if problem is None else [problem]
 
     @classmethod
     def compression(cls, spec: ComputeSpec) -> Compression:
-        """bfloat16 in 12 bits, where this machine can and nobody forbids it."""
+        """bfloat16 in 12 bits, where this machine gains by it, or where that is asked for."""
         if spec.compression == "none":
             return Compression("none", "as asked")
-        problem = _uncompressed(spec, spec.dtype)
+        problem = _uncompressed(spec, spec.dtype, spec.hidden_size)
         if problem is not None:
             return Compression("none", problem.message)
         return Compression(LOSSLESS, "bfloat16 weights are kept in 12 bits each, and read back bit for bit")
@@ -170,7 +175,10 @@ def _uncompressed(spec: ComputeSpec, dtype: torch.dtype, in_features: int = 1) -
     if dtype != torch.bfloat16:
         message = f"weights in {str(dtype).removeprefix('torch.')} are not compressed, only those in bfloat16"
         return Reason("compression", message, f"{unset}, or set inference.dtype=bf16")
-    if native_problem() is None and not can_compress(dtype, in_features):
+    if in_features > LARGEST_DEPTH:
+        message = f"a weight of {in_features} columns is not compressed, only one of at most {LARGEST_DEPTH}"
+        return Reason("compression", message, unset)
+    if spec.compression != LOSSLESS and native_problem() is None and not compression_gains():
         message = f"the instruction-set level {native().isa_level} gains nothing by compressed weights"
-        return Reason("compression", message, f"{unset}, or use a machine with AVX-512")
+        return Reason("compression", message, "set inference.weights.compression=lossless to have them all the same")
     return None

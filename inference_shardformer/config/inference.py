@@ -243,7 +243,7 @@ class WeightsConfig(BaseModel):
     compression: Literal["auto", "none", "lossless"] = Field(
         default="auto",
         description="lossless: bf16 weights of the native CPU kernels are kept in 12 bits instead of 16 and read back "
-        "bit for bit; auto: where the kernels can, else none; none: never.",
+        "bit for bit; auto: where the kernels gain by it, else none; none: never.",
         json_schema_extra=about(),
     )
 

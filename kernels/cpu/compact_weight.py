@@ -29,7 +29,7 @@ from inference_shardformer.kernels.host_memory import zeroed_bytes
 _compress = NativeKernel("linear_compress", CompactArgs)
 _expand = NativeKernel("linear_expand", CompactArgs)
 
-_LARGEST_DEPTH = 1 << 18  # places of exceptions have 24 bits, and stay below that of the list's end
+LARGEST_DEPTH = 1 << 18  # places of exceptions have 24 bits, and stay below that of the list's end
 _PANEL_ROWS = 32
 _BLOCK_BYTES = 1 << 20  # of panels that are compressed together
 _GAINING = frozenset({"avx512", "avx512_bf16", "amx"})  # levels whose instructions expand faster than memory reads
@@ -199,9 +199,9 @@ class CompactWeight(PackedWeight):
         return plain
 
 
-def can_compress(dtype: torch.dtype, in_features: int = 1) -> bool:
-    """Whether weights of a type can be compact, and whether this machine's kernels gain by it."""
-    return dtype == torch.bfloat16 and in_features <= _LARGEST_DEPTH and native().isa_level in _GAINING
+def compression_gains() -> bool:
+    """Whether this machine's kernels are faster over compressed weights; all of them can multiply by such."""
+    return native().isa_level in _GAINING
 
 
 def num_compact_bytes(out_features: int, in_features: int, *, segments: int = 1) -> int:
@@ -217,8 +217,8 @@ def empty_compact_weight(
     Raises `ValueError` for sizes that the kernels cannot serve.
     """
     check_sizes(out_features, in_features, segments)
-    if in_features > _LARGEST_DEPTH:
-        raise ValueError(f"in_features={in_features} is more than a compact weight can have, {_LARGEST_DEPTH}")
+    if in_features > LARGEST_DEPTH:
+        raise ValueError(f"in_features={in_features} is more than a compact weight can have, {LARGEST_DEPTH}")
     arena = arena or WeightArena()
     num_bytes, _ = packed_sizes(COMPACT_BFLOAT16, out_features, in_features, segments)
     storage = arena.take(num_bytes)

@@ -102,20 +102,19 @@ def test_compressed_weights_are_refused_by_name_where_no_kernel_has_them() -> No
 
 
 @pytest.mark.parametrize(
-    ("changes", "gains", "message", "remedy"),
+    ("changes", "message", "remedy"),
     [
-        ({}, True, "", ""),
-        ({}, False, "the instruction-set level avx2 gains nothing", "a machine with AVX-512"),
-        ({"dtype": torch.float32}, True, "weights in float32 are not compressed", "set inference.dtype=bf16"),
-        ({"quantization": "int8"}, True, "weights in int8 are not compressed", "or inference.weights.quantization"),
+        ({}, "", ""),
+        ({"dtype": torch.float32}, "weights in float32 are not compressed", "set inference.dtype=bf16"),
+        ({"quantization": "int8"}, "weights in int8 are not compressed", "or inference.weights.quantization"),
+        ({"hidden_size": (1 << 18) + 1}, "a weight of 262145 columns is not compressed", "compression unset"),
     ],
 )
-def test_the_native_kernel_compresses_where_that_gains(
-    monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], gains: bool, message: str, remedy: str
+def test_what_the_native_kernel_compresses(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], message: str, remedy: str
 ) -> None:
     monkeypatch.setattr(cpu_linear, "native_problem", lambda: None)
-    monkeypatch.setattr(cpu_linear, "native", lambda: SimpleNamespace(isa_level="avx2"))
-    monkeypatch.setattr(cpu_linear, "can_compress", lambda dtype, in_features: gains and dtype == torch.bfloat16)
+    monkeypatch.setattr(cpu_linear, "compression_gains", lambda: True)
     spec = replace(SPEC, **changes)
     found = CpuLinear.reasons(replace(spec, compression="lossless"))
     assert [reason.code for reason in found] == (["compression"] if message else [])
@@ -123,7 +122,7 @@ def test_the_native_kernel_compresses_where_that_gains(
         given = replace(spec, compression=asked)
         assert CpuLinear.reasons(given) == []
         assert CpuLinear.compression(given).value == value
-        assert compresses(given, given.dtype) == (value == "lossless")
+        assert compresses(given, given.dtype, given.hidden_size) == (value == "lossless")
     told = CpuLinear.compression(spec).reason
     if message:
         assert found[0].message == told
@@ -133,6 +132,18 @@ def test_the_native_kernel_compresses_where_that_gains(
         assert "12 bits" in told
     assert not compresses(spec, torch.int8)
     assert CpuLinear.compression(replace(spec, compression="none")).reason == "as asked"
+
+
+def test_a_level_that_gains_nothing_compresses_only_what_it_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_linear, "native_problem", lambda: None)
+    monkeypatch.setattr(cpu_linear, "native", lambda: SimpleNamespace(isa_level="avx2"))
+    monkeypatch.setattr(cpu_linear, "compression_gains", lambda: False)
+    auto, asked = SPEC, replace(SPEC, compression="lossless")
+    told = CpuLinear.compression(auto)
+    assert told == ("none", "the instruction-set level avx2 gains nothing by compressed weights")
+    assert CpuLinear.compression(asked).value == "lossless"
+    assert CpuLinear.reasons(auto) == CpuLinear.reasons(asked) == []
+    assert (compresses(auto, auto.dtype), compresses(asked, asked.dtype)) == (False, True)
 
 
 def test_without_native_kernels_compression_is_no_second_reason(monkeypatch: pytest.MonkeyPatch) -> None:
