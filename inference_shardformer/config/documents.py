@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from inference_shardformer.config.scalars import ConfigYamlLoader
+from inference_shardformer.config.lines import json_lines, toml_lines, yaml_lines
+from inference_shardformer.config.scalars import ConfigYamlLoader, is_nested_too_deeply
 from inference_shardformer.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -46,7 +46,7 @@ def read_document(name: str) -> Document:
             remedy="rename the file so that its suffix says its format",
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors of some systems begin a file with a mark
     except OSError as exc:
         raise ConfigError(
             f"configuration file {name}: cannot be read ({exc.strerror})", remedy="check the path given to --config"
@@ -55,68 +55,50 @@ def read_document(name: str) -> Document:
         raise ConfigError(f"configuration file {name}: is not UTF-8 text", remedy="save it as UTF-8") from exc
     try:
         tree, lines = _PARSERS[path.suffix.lower()](text)
+    except RecursionError as exc:
+        raise _too_deep(name) from exc
     except (yaml.YAMLError, ValueError) as exc:
         raise ConfigError(
             f"configuration file {name}: cannot be parsed: {exc}",
             remedy=f"correct the {path.suffix[1:].upper()} syntax",
         ) from exc
+    if is_nested_too_deeply(tree):
+        raise _too_deep(name)
     if not isinstance(tree, Mapping):
+        held = "null" if tree is None else f"a {type(tree).__name__}"
         raise ConfigError(
-            f"configuration file {name}: holds a {type(tree).__name__}, not a mapping",
+            f"configuration file {name}: holds {held}, not a mapping",
             remedy="begin with `shard:` or `inference:` and put the settings below",
         )
     return Document(name, tree, lines)
 
 
+def _too_deep(name: str) -> ConfigError:
+    return ConfigError(
+        f"configuration file {name}: lists and mappings lie in each other deeper than any setting, or without end",
+        remedy="write the settings out; no path in docs/configuration.md is longer than a few names",
+    )
+
+
 def _parse_yaml(text: str) -> tuple[object, dict[str, int]]:
     """Value of a YAML text (an empty one is an empty mapping) and its lines."""
     loader = ConfigYamlLoader(text)
+    loader.name = "the file"
     node = loader.get_single_node()
     if node is None:
         return {}, {}
-    lines = dict(_node_lines(node, ""))
+    lines = dict(yaml_lines(node))  # first, since constructing a mapping resolves `<<` in its node
     return loader.construct_document(node), lines
 
 
 def _parse_json(text: str) -> tuple[object, dict[str, int]]:
-    """Value of a JSON text and its lines; YAML's parser finds those, since JSON is YAML but for tabs."""
-    tree = json.loads(text)
-    node = yaml.compose(text.replace("\t", " "), Loader=ConfigYamlLoader)
-    return tree, dict(_node_lines(node, ""))
+    """Value of a JSON text and its lines."""
+    return json.loads(text), dict(json_lines(text))
 
 
 def _parse_toml(text: str) -> tuple[object, dict[str, int]]:
     """Value of a TOML text and its lines."""
-    return tomllib.loads(text), dict(_toml_lines(text))
-
-
-def _node_lines(node: yaml.Node | None, prefix: str, depth: int = 0) -> Iterator[tuple[str, int]]:
-    """Path and line of every key of a YAML mapping. A key given twice is an error. No setting lies deeper than 8."""
-    if not isinstance(node, yaml.MappingNode) or depth > 8:
-        return
-    seen: dict[str, int] = {}
-    for key, value in node.value:
-        path = f"{prefix}.{key.value}" if prefix else str(key.value)
-        line = key.start_mark.line + 1
-        if path in seen:
-            raise ValueError(f"line {line}: {path} is given a second time (first on line {seen[path]})")
-        seen[path] = line
-        yield path, line
-        yield from _node_lines(value, path, depth + 1)
-
-
-def _toml_lines(text: str) -> Iterator[tuple[str, int]]:
-    """Path and line of every table header and key of a TOML text."""
-    table = ""
-    for number, line in enumerate(text.splitlines(), start=1):
-        header = re.match(r"\s*\[+([^\[\]]+)\]", line)
-        key = re.match(r"\s*([\w.\-\"' ]+?)\s*=", line)
-        if header:
-            table = re.sub(r"[\s\"']", "", header[1])
-            yield table, number
-        elif key:
-            name = re.sub(r"[\s\"']", "", key[1])
-            yield (f"{table}.{name}" if table else name), number
+    return tomllib.loads(text), dict(toml_lines(text))
 
 
 _PARSERS = {".yaml": _parse_yaml, ".yml": _parse_yaml, ".json": _parse_json, ".toml": _parse_toml}
