@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from inference_shardformer.config.inference import InferenceConfig
-from inference_shardformer.config.rules import choices_of, rule_of
+from inference_shardformer.config.rules import choices_of, kinds_of, rule_of
 from inference_shardformer.config.shard import ShardConfig
 
 ROOTS: Mapping[str, type[BaseModel]] = {"shard": ShardConfig, "inference": InferenceConfig}
@@ -24,8 +24,8 @@ class ConfigField:
     """One field: its full path (`inference.cache.block_size`), what it accepts, and its default.
 
     `choices` are the words it accepts beside numbers or instead of them, `unit` what a number counts, `flag` the
-    command-line option that stands for it, if there is one. A field that `is_open` holds names that are not ours: the
-    options of plug-ins.
+    command-line option that stands for it, if there is one. `is_text`: it accepts any text; `is_optional`: null;
+    `is_open`: it holds names that are not ours: the options of plug-ins.
     """
 
     path: str
@@ -35,6 +35,8 @@ class ConfigField:
     description: str
     unit: str = ""
     flag: str = ""
+    is_text: bool = False
+    is_optional: bool = False
     is_open: bool = False
 
     @property
@@ -55,6 +57,11 @@ def all_groups() -> frozenset[str]:
     return frozenset(
         path.rsplit(".", depth)[0] for path in all_fields() for depth in range(1, path.count(".") + 1)
     )  # fmt: skip
+
+
+def members(group: str) -> list[str]:
+    """The names directly below a group."""
+    return sorted({path[len(group) + 1 :].split(".")[0] for path in all_fields() if path.startswith(f"{group}.")})
 
 
 def open_field(path: str) -> ConfigField | None:
@@ -78,8 +85,9 @@ def full_path(path: str) -> str:
 def suggest(path: str) -> str:
     """The known path nearest to an unknown one, by spelling or by its last name; empty if none is near."""
     known = [*all_fields(), *sorted(all_groups())]
+    path = path.lower()
     near = difflib.get_close_matches(full_path(path), known, n=1, cutoff=0.75)
-    if near:
+    if near and not path.startswith(f"{near[0]}."):  # a setting is not meant to be the group that it is in
         return near[0]
     name = path.rsplit(".", 1)[-1]
     by_name = {candidate.rsplit(".", 1)[-1]: candidate for candidate in reversed(known)}
@@ -108,5 +116,7 @@ def _field(path: str, info: FieldInfo) -> ConfigField:
         description=info.description or "",
         unit=str(declared.get("unit", "")),
         flag=str(declared.get("flag", "")),
+        is_text=str in kinds_of(info),
+        is_optional=type(None) in kinds_of(info),
         is_open=get_origin(info.annotation) is dict,
     )

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 
 from inference_shardformer.config.frozen import FrozenMapping
 from inference_shardformer.config.metadata import about
-from inference_shardformer.config.templates import template_text
+from inference_shardformer.config.templates import TEMPLATE_PATTERN, template_text
 from inference_shardformer.config.values import Auto, BlockLength, Bytes, Count, PluginOptions, Share
 
 TUNED = "tuned"  # the attention backend that a profile chooses
@@ -207,7 +207,7 @@ class PromptConfig(BaseModel):
         default=None,
         description="Text around a text prompt, with {input_text} where it goes, or one of the names llama, vicuna, "
         "baichuan; nothing: prompts as they are. Token ids are never changed.",
-        json_schema_extra=about(),
+        json_schema_extra={**about(), "pattern": TEMPLATE_PATTERN},
     )
 
     @field_validator("template")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from inference_shardformer.config.fields import ConfigField, all_fields, all_groups, open_field
+from inference_shardformer.config.fields import ConfigField, all_fields, all_groups, members, open_field
+from inference_shardformer.config.frozen import freeze
 from inference_shardformer.config.origins import Origin
 from inference_shardformer.config.violations import Violation, show, unknown_key
 
@@ -48,7 +49,7 @@ def flatten(
         elif isinstance(value, Mapping):
             found += flatten(value, origin_of, violations, prefix=path)
         elif owner is not None and names_option(owner, path):
-            found.append(Assignment(path, value, origin_of(path)))
+            found += option(path, value, origin_of(path), violations)
         elif value is not None:
             violations.append(misused_group(path, value, origin_of(path)))
     return found
@@ -59,12 +60,22 @@ def names_option(owner: ConfigField, path: str) -> bool:
     return path[len(owner.path) :].count(".") >= 2 and all(path.split("."))
 
 
+def option(path: str, value: object, origin: Origin, violations: list[Violation]) -> Iterator[Assignment]:
+    """The assignment of an option of a plug-in, which may be any value that a configuration can hold."""
+    try:
+        freeze(value)
+    except ValueError as exc:
+        violations.append(Violation(path, f"{path} = {show(value)}", origin, str(exc), "write it as text, in quotes"))
+    else:
+        yield Assignment(path, value, origin)
+
+
 def misused_group(path: str, value: object, origin: Origin) -> Violation:
     """A group of settings that was given a single value."""
-    members = sorted({name[len(path) + 1 :].split(".")[0] for name in all_fields() if name.startswith(f"{path}.")})
+    names = members(path)
     owner = open_field(path)
-    rule = f"a group of settings: {', '.join(members)}" if owner is None else owner.rule
-    example = f"{path}.{members[0]}" if owner is None else f"{owner.path}.NAME.OPTION"
+    rule = f"a group of settings: {', '.join(names)}" if owner is None else owner.rule
+    example = f"{path}.{names[0]}" if owner is None else f"{owner.path}.NAME.OPTION"
     return Violation(
         path=path,
         given=f"{path} = {show(value)}",

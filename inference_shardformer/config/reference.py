@@ -49,7 +49,7 @@ def json_schema() -> dict[str, object]:
                 "type": "integer",
                 "const": SCHEMA_VERSION,
             },
-            **{root: _inlined(model.model_json_schema(), root) for root, model in ROOTS.items()},
+            **{root: _with_empty_groups(_inlined(model.model_json_schema(), root)) for root, model in ROOTS.items()},
         },
     }
 
@@ -92,6 +92,20 @@ def _resolved(node: Mapping[str, object], definitions: Mapping[str, object], pat
             result[key] = part
     if path in all_fields():
         result |= _extensions(all_fields()[path])
+    return result
+
+
+def _with_empty_groups(node: dict[str, object]) -> dict[str, object]:
+    """The schema, in which a group may be null as well: that is what YAML makes of one that nothing stands below."""
+    if node.get("type") != "object":
+        return node
+    result = {**node, "type": ["object", "null"]}
+    below = node.get("properties")
+    if isinstance(below, Mapping):
+        result["properties"] = {name: _with_empty_groups(item) for name, item in below.items()}
+    others = node.get("additionalProperties")
+    if isinstance(others, dict):
+        result["additionalProperties"] = _with_empty_groups(others)
     return result
 
 

@@ -31,6 +31,11 @@ def choices_of(info: FieldInfo) -> list[str]:
     return [str(word) for option in options if get_origin(option) is Literal for word in get_args(option)]
 
 
+def kinds_of(info: FieldInfo) -> set[type]:
+    """The kinds of values that a field accepts, words apart."""
+    return {kind for kind, _ in _alternatives(info.annotation, info.metadata)}
+
+
 def _alternatives(annotation: object, metadata: list[object]) -> Iterator[tuple[type, list[object]]]:
     """Every kind of value an annotation accepts, words apart, each with the metadata that bounds it."""
     if isinstance(annotation, type):
@@ -38,10 +43,10 @@ def _alternatives(annotation: object, metadata: list[object]) -> Iterator[tuple[
     elif get_origin(annotation) is Annotated:
         kind, *more = get_args(annotation)
         inner = [limit for item in more for limit in (item.metadata if isinstance(item, FieldInfo) else [item])]
-        yield from _alternatives(kind, inner)
+        yield from _alternatives(kind, [*inner, *metadata])
     elif get_origin(annotation) is not Literal:
         for option in get_args(annotation):
-            yield from _alternatives(option, [])
+            yield from _alternatives(option, [] if option is type(None) else metadata)
 
 
 def _bounds(metadata: list[object]) -> list[str]:

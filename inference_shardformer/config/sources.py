@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from inference_shardformer.config.documents import Document, read_document
 from inference_shardformer.config.fields import ENVIRONMENT_PREFIX, all_fields, all_groups, full_path, open_field
-from inference_shardformer.config.layers import Assignment, flatten, misused_group, names_option
+from inference_shardformer.config.layers import Assignment, flatten, misused_group, names_option, option
 from inference_shardformer.config.migrate.schema import SCHEMA_KEY, check_schema_version
 from inference_shardformer.config.origins import Level, Origin
-from inference_shardformer.config.scalars import parse_scalar
-from inference_shardformer.config.violations import Violation, unknown_key
+from inference_shardformer.config.scalars import parse_scalar, parse_text
+from inference_shardformer.config.violations import Violation, show, unknown_key
 from inference_shardformer.errors import ConfigError
 
 
@@ -71,7 +71,20 @@ def _from_file(name: str, violations: list[Violation]) -> list[Assignment]:
     except ConfigError as exc:
         violations.append(_unreadable(exc, _place(document, SCHEMA_KEY), "the version of the settings in this file"))
         return []
-    return flatten(tree, lambda path: _place(document, path), violations)
+    found = flatten(tree, lambda path: _place(document, path), violations)
+    return list(_given_once(found, violations))
+
+
+def _given_once(assignments: Iterable[Assignment], violations: list[Violation]) -> Iterator[Assignment]:
+    """The assignments of one file, which may spell a path in one key or in several, but not in both ways."""
+    seen: set[str] = set()
+    for path, value, origin in assignments:
+        if path in seen:
+            given, remedy = f"{path} = {show(value)}", "drop one of the two spellings"
+            violations.append(Violation(path, given, origin, "given once in a file, and it is given twice", remedy))
+        else:
+            seen.add(path)
+            yield Assignment(path, value, origin)
 
 
 def _place(document: Document, path: str) -> Origin:
@@ -92,19 +105,25 @@ def _from_environment(environ: Mapping[str, str], violations: list[Violation]) -
         path = name.removeprefix(ENVIRONMENT_PREFIX).replace("__", ".").lower()
         owner = open_field(path)
         if name in fields:
-            yield Assignment(fields[name].path, parse_scalar(environ[name]), origin)
+            yield Assignment(fields[name].path, _value(fields[name].path, environ[name]), origin)
         elif owner is not None:
-            yield from _one(path, parse_scalar(environ[name]), origin, violations)
+            yield from _one(path, _value(path, environ[name]), origin, violations)
         else:
-            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.6)
-            violations.append(unknown_key(name, origin, suggestion=near[0] if near else ""))
+            violations.append(unknown_key(name, origin, suggestion=_near_variable(name, fields)))
+
+
+def _near_variable(name: str, known: Iterable[str]) -> str:
+    """The variable nearest to an unknown one; empty if none is near. The prefix, which all have, counts for nothing."""
+    short = {variable.removeprefix(ENVIRONMENT_PREFIX): variable for variable in known}
+    near = difflib.get_close_matches(name.removeprefix(ENVIRONMENT_PREFIX).upper(), short, n=1, cutoff=0.6)
+    return short[near[0]] if near else ""
 
 
 def _from_command_line(sources: ConfigSources, violations: list[Violation]) -> Iterator[Assignment]:
     """Assignments of `--set` and of the flags. One path may come from `--set` several times, or from its flag."""
     flagged: dict[str, str] = {flag.path: flag.name for flag in sources.flags}
     for flag in sources.flags:
-        yield Assignment(flag.path, parse_scalar(flag.text), Origin(Level.CLI, flag.name))
+        yield Assignment(flag.path, _value(flag.path, flag.text), Origin(Level.CLI, flag.name))
     for text in sources.sets:
         name, equals, value = text.partition("=")
         path = full_path(name.strip())
@@ -117,9 +136,19 @@ def _from_command_line(sources: ConfigSources, violations: list[Violation]) -> I
             rule = f"given once on the command line, and {flagged[path]} gives it too"
             violations.append(Violation(path, f"{path} = {value}", origin, rule, f"drop --set or {flagged[path]}"))
         elif path in all_fields() or path in all_groups() or open_field(path):
-            yield from _one(path, parse_scalar(value), origin, violations)
+            yield from _one(path, _value(path, value), origin, violations)
         else:
             violations.append(unknown_key(name.strip(), origin))
+
+
+def _value(path: str, text: str) -> object:
+    """What a text given to one path says: a text setting takes it as it is; nothing is null where null may be."""
+    field = all_fields().get(path)
+    if field is None or field.is_open:
+        return parse_scalar(text)
+    if not text.strip() and not field.is_optional:
+        return ""
+    return parse_text(text) if field.is_text else parse_scalar(text)
 
 
 def _one(path: str, value: object, origin: Origin, violations: list[Violation]) -> Iterator[Assignment]:
@@ -129,5 +158,7 @@ def _one(path: str, value: object, origin: Origin, violations: list[Violation]) 
         yield from flatten(value, lambda _: origin, violations, prefix=path)
     elif path in all_groups() or (owner is not None and not names_option(owner, path)):
         violations.append(misused_group(path, value, origin))
+    elif owner is not None:
+        yield from option(path, value, origin, violations)
     else:
         yield Assignment(path, value, origin)

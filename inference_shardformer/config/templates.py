@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 PLACEHOLDER = "{input_text}"
@@ -23,6 +24,10 @@ TEMPLATES: Mapping[str, str] = {
     "baichuan": f" <reserved_106> {PLACEHOLDER} <reserved_107> ",
 }
 """The chat formats that ColossalAI names, so that a configuration which names one means the same here."""
+
+
+TEMPLATE_PATTERN = rf"^({'|'.join(TEMPLATES)})$|{re.escape(PLACEHOLDER)}"
+"""What `template_text` accepts, as a regular expression."""
 
 
 def template_text(template: str) -> str:

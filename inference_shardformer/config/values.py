@@ -14,5 +14,6 @@ Share = Annotated[float, Field(strict=True, gt=0, le=1)]
 BlockLength = Annotated[int, Field(strict=True, ge=1, le=1024)]
 Auto = Literal["auto"]
 
-PluginOptions = Annotated[dict[str, dict[str, object]], AfterValidator(FrozenMapping)]
+PluginName = Annotated[str, Field(min_length=1)]
+PluginOptions = Annotated[dict[PluginName, dict[PluginName, object]], AfterValidator(FrozenMapping)]
 """Options of plug-ins under their names; the plug-in itself validates them."""

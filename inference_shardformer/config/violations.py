@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from inference_shardformer.config.fields import all_fields, suggest
+from inference_shardformer.config.fields import all_fields, all_groups, members, suggest
 from inference_shardformer.config.origins import Origin
-from inference_shardformer.config.units import converted
+from inference_shardformer.config.scalars import parse_scalar
+from inference_shardformer.config.suggestions import meant
 from inference_shardformer.errors import ConfigError, InferenceShardformerError
 
 
@@ -58,36 +58,40 @@ def raise_all(violations: Sequence[Violation]) -> None:
 def refused_value(path: str, value: object, origin: Origin, *, rule: str = "") -> Violation:
     """A value that breaks the rule of its field; `rule` replaces the rule that follows from the field's type."""
     known = all_fields()[path]
-    near = difflib.get_close_matches(str(value), known.choices, n=1)
-    meant = near[0] if near else converted(value, known.unit) if isinstance(value, str) else None
-    measured = "" if near or meant is None else f" ({known.unit.partition(',')[0]})"
+    near = meant(known, value)
     keep = f"leave it out for the default, {show(known.default)}"
     return Violation(
         path=path,
         given=f"{path} = {show(value)}",
         origin=origin,
         rule=rule or known.rule,
-        remedy=f"change it there, or {keep}" if meant is None else f"did you mean {meant}{measured}? or {keep}",
+        remedy=f"did you mean {near}? or {keep}" if near else f"change it there, or {keep}",
     )
 
 
 def unknown_key(path: str, origin: Origin, *, given: str = "", suggestion: str = "") -> Violation:
     """A key that names no field; the nearest known path is suggested unless a suggestion is given."""
     near = suggestion or suggest(path)
+    group = path.rpartition(".")[0]
+    known = (
+        f"{group} has {', '.join(members(group))}"
+        if group in all_groups()
+        else "docs/configuration.md lists the settings"
+    )
     return Violation(
         path=path,
         given=given or path,
         origin=origin,
         rule="the name of a known setting",
-        remedy=f"did you mean {near}?" if near else "remove it; docs/configuration.md lists the settings",
+        remedy=f"did you mean {near}?" if near else f"remove it; {known}",
     )
 
 
 def show(value: object) -> str:
-    """A value as a user would write it."""
+    """A value as a user would write it: a text that reads like something else is in quotes."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    text = value if isinstance(value, str) and value and value.isprintable() else repr(value)
+    text = value if isinstance(value, str) and value.isprintable() and parse_scalar(value) == value else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -234,3 +234,98 @@ def test_an_option_needs_the_name_of_its_plug_in(text):
     (violation,) = refused(sets=[text]).values()
     assert violation[1] == "options under the names of their plug-ins"
     assert "inference.attention.options.NAME.OPTION" in violation[2]
+
+
+TEMPLATE = "inference.prompt.template"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "### Human: {input_text} ### Assistant:",
+        "Q: {input_text}",
+        "{input_text}",
+        "- {input_text}",
+        "[INST]{input_text}[/INST]",
+        " <s> {input_text}\n",
+        "&a {input_text}",
+        "'{input_text}",
+    ],
+)
+@pytest.mark.parametrize("way", ["set", "variable"])
+def test_a_text_setting_takes_the_text_as_it_is(text, way):
+    variable = all_fields()[TEMPLATE].variable
+    sources = {"sets": [f"prompt.template={text}"]} if way == "set" else {"environ": {variable: text}}
+    assert load(**sources).inference.prompt.template == text
+
+
+def test_quotes_around_a_text_are_those_of_yaml():
+    assert load(sets=[r'prompt.template="{input_text}\n"']).inference.prompt.template == "{input_text}\n"
+    assert load(sets=["prompt.template=' {input_text}'"]).inference.prompt.template == " {input_text}"
+    assert load(sets=["attention.profile='123'"]).inference.attention.profile == "123"
+
+
+@pytest.mark.parametrize("nothing", ["", " ", "~", "null"])
+def test_a_text_that_may_be_left_out_is_left_out(nothing):
+    assert load(sets=[f"attention.profile={nothing}"]).inference.attention.profile is None
+
+
+@pytest.mark.parametrize("path", ["shard.tp_size", "inference.attention.backend", "inference.strict"])
+def test_an_empty_variable_is_shown_as_one(path):
+    variable = all_fields()[path].variable
+    with pytest.raises(ConfigViolations, match=f"{path} = ''\n    from:   variable {variable}"):
+        load(environ={variable: ""})
+
+
+@pytest.mark.parametrize("word", ["on", "off", "auto"])
+def test_words_that_yaml_1_1_took_for_booleans(tmp_path, word):
+    file = write(tmp_path, "a.yaml", f"inference:\n  scheduler: {{overlap: {word}}}\n")
+    variable = all_fields()["inference.scheduler.overlap"].variable
+    for sources in ({"sets": [f"scheduler.overlap={word}"]}, {"files": [file]}, {"environ": {variable: word}}):
+        assert load(**sources).inference.scheduler.overlap == word
+
+
+def test_one_spelling_of_a_path_in_a_file(tmp_path):
+    file = write(tmp_path, "a.yaml", "inference:\n  cache.block_size: 16\n  cache:\n    block_size: 32\n")
+    (found,) = refused(files=[file]).items()
+    assert found == (
+        BLOCK,
+        (f"file {file}:4", "given once in a file, and it is given twice", "drop one of the two spellings"),
+    )
+
+
+def test_lines_below_a_merge_key_are_those_of_the_keys(tmp_path):
+    file = write(
+        tmp_path, "a.yaml", "inference:\n  cache: &a {num_blocks: 2}\n  scheduler:\n    <<: *a\n    overlap: 1\n"
+    )
+    origins = {path: origin for path, (origin, *_) in refused(files=[file]).items()}
+    assert origins["inference.scheduler.overlap"] == f"file {file}:5"
+    assert set(origins) == {"inference.scheduler.num_blocks", "inference.scheduler.overlap"}
+
+
+def test_an_option_that_is_no_value_of_a_configuration_is_told_with_its_path(tmp_path):
+    file = write(tmp_path, "a.toml", "[inference.attention.options.toy]\nday = 2020-01-01\n")
+    (found,) = refused(files=[file]).items()
+    path, (origin, rule, remedy) = found
+    assert (path, origin) == ("inference.attention.options.toy.day", f"file {file}:2")
+    assert rule.endswith("not a date")
+    assert "in quotes" in remedy
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("SHARD.TP_SIZE", "did you mean shard.tp_size?"),
+        ("shard.world", "remove it; shard has all_reduce, device, policy, threads_per_rank, timeout_s, tp_size"),
+        ("inference.prompt.foo", "remove it; inference.prompt has template"),
+    ],
+)
+def test_an_unknown_name_is_answered_by_the_nearest_or_by_its_neighbours(name, remedy):
+    assert refused(sets=[f"{name}=1"])[name][2] == remedy
+
+
+def test_the_prefix_of_variables_is_no_likeness():
+    name = "INFERENCE_SHARDFORMER_CONFIG"
+    assert refused(environ={name: "x"})[name][2].startswith("remove it")
+    lower = "INFERENCE_SHARDFORMER_shard__tp_size"
+    assert refused(environ={lower: "2"})[lower][2] == "did you mean INFERENCE_SHARDFORMER_SHARD__TP_SIZE?"
