@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import nn
 
 from inference_shardformer.compute.linear import LinearShape, LinearWeight
@@ -96,7 +97,7 @@ def vocab_embedding(pattern: str) -> StyleEntry:
 
 
 def scaled_vocab_embedding(pattern: str, *, scaled_class: str) -> StyleEntry:
-    """As `vocab_embedding`, times the root of the hidden size where the native module is a `scaled_class`.
+    """As `vocab_embedding`, times the native module's scale where it is a `scaled_class`.
 
     In older transformers it is a plain embedding, and the model multiplies.
     """
@@ -107,13 +108,13 @@ def scaled_vocab_embedding(pattern: str, *, scaled_class: str) -> StyleEntry:
         if type(native).__name__ != scaled_class:
             raise PolicyError(
                 f"{module.path} is a {type(native).__name__}, but the policy replaces {scaled_class}",
-                remedy="name its class in the row, if it multiplies by the root of the hidden size as well",
+                remedy="name its class in the row, if it multiplies by a scale as well",
             )
         return ScaledVocabParallelEmbedding(
             _table_weight(module, context),
             vocab_range=context.vocab_range,
             group=context.group,
-            scale=context.facts.hidden_size**0.5,
+            scale=_scale_of(native, context.facts.hidden_size**0.5),
         )
 
     return StyleEntry(StyleRow(pattern, Vocab()), build)
@@ -190,12 +191,21 @@ def _embedding(module: ModulePlan, native: nn.Module | None, context: BuildConte
     return VocabParallelEmbedding(weight, vocab_range=context.vocab_range, group=context.group)
 
 
+def _scale_of(native: nn.Module | None, usual: float) -> float:
+    """What a scaled embedding multiplies by. Older releases keep it in a buffer, which has no value before loading."""
+    scale = getattr(native, "scalar_embed_scale", getattr(native, "embed_scale", usual))
+    if isinstance(scale, torch.Tensor):
+        return usual if scale.is_meta else float(scale)
+    return float(scale)
+
+
 def _head(module: ModulePlan, native: nn.Module | None, context: BuildContext) -> nn.Module:
     """A tied head uses the table's own weight, but for quantised weights: then it keeps a quantised copy."""
     _check_class(module, native, nn.Linear)
     if module.tied_to is not None:
         part = padded_vocab_part(context.facts.vocab_size, context.group.size)
         is_table = context.kernels.linear.spec.quantization is None
-        return ParallelLMHead(_weight(context.facts.hidden_size, part, context, is_table=is_table), bias=False)
+        weight = _weight(context.facts.hidden_size, part, context, is_table=is_table)
+        return ParallelLMHead(weight, bias=bool(module.parameters))
     weight, bias = _linear(module, context)
     return ParallelLMHead(weight, bias=bias)

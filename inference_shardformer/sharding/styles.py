@@ -155,9 +155,7 @@ class Vocab(Style):
     tied_to: str | None = None
 
     def plan(self, path: str, tensors: Tensors, context: PlanContext) -> tuple[ParameterPlan, ...]:
-        """The rows of this rank's part of the vocabulary."""
-        if self.tied_to is not None:
-            return ()
+        """The rows of this rank's part of the vocabulary. A tied module owns its bias, if it has one, alone."""
         start, stop = vocab_range(context)
         part = padded_vocab_part(context.facts.vocab_size, context.layout.tp_size)
         return tuple(
@@ -167,6 +165,7 @@ class Vocab(Style):
                 (SourceSlice(f"{path}.{leaf}", 0, start, stop, 0),) if stop > start else (),
             )
             for leaf, info in module_leaves(path, tensors).items()
+            if self.tied_to is None or leaf != "weight"
         )
 
 

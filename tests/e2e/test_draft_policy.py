@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from families_without_policy import family_config
+from transformers import AutoModelForCausalLM
 
-from inference_shardformer import InferenceConfig, SamplingParams, ShardConfig, simulate
+from inference_shardformer import InferenceConfig, InferenceShardformer, SamplingParams, ShardConfig, simulate
 from inference_shardformer.drafting.draft import Draft, draft_policy, load_source
 from inference_shardformer.drafting.rows import DraftFacts, DraftRow, DraftTable
 from inference_shardformer.drafting.shrink import small_model
@@ -88,6 +89,38 @@ def test_what_verified_is_right_on_another_model(draft: Draft, tmp_path: Path) -
             return [list(output.token_ids) for output in outputs]
 
     assert simulate(2, work)[0] == expected
+
+
+def test_an_embedding_is_scaled_as_the_native_one_is() -> None:
+    """BioGPT multiplies its embeddings by a root, or by nothing: `scale_embedding` says."""
+    config = family_config("BioGptForCausalLM")
+    policy = draft_policy(config, verifies=False).policy()
+    for is_scaled in (True, False):
+        config.scale_embedding = is_scaled
+        report = verify_sharding(small_model(config, "BioGptForCausalLM", seed=5), tp_size=2, policy=policy)
+        assert report.passed, str(report)
+
+
+def test_a_tied_head_keeps_its_bias(tmp_path: Path) -> None:
+    """Phi's output head has a bias of its own, also where its weight is the embedding's."""
+    config = family_config("PhiForCausalLM")
+    policy = draft_policy(config, verifies=False).policy()
+    config.tie_word_embeddings = True
+    model = small_model(config, "PhiForCausalLM", seed=5)
+    with torch.no_grad():
+        model.lm_head.bias.copy_(torch.randn_like(model.lm_head.bias))
+    assert verify_sharding(model, tp_size=2, policy=policy).passed
+
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with InferenceShardformer(ShardConfig(threads_per_rank=1), InferenceConfig(dtype="fp32")) as shardformer:
+        sharded, shared = shardformer.optimize(model, policy=policy)
+        assert ("model.embed_tokens.weight", "lm_head.weight") in shared
+        shardformer.save_pretrained(sharded, tmp_path)
+        after = shardformer.unshard(sharded).state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(saved.lm_head.bias, before["lm_head.bias"])
 
 
 @pytest.mark.parametrize("architecture", REFUSED)
