@@ -35,6 +35,15 @@ class Line:
         except OSError:
             return
 
+    def receive_first(self) -> Any:
+        """The first message, and nothing of what follows it; `None` where none comes in time."""
+        try:
+            head, end, _ = self._socket.recv(1 << 16, socket.MSG_PEEK).partition(b"\n")
+            self._socket.recv(len(head + end))
+        except OSError:
+            return None
+        return json.loads(head) if end else None
+
     def receive(self) -> list[list[Any]] | None:
         """The messages that have arrived; `None` once the peer is gone. Waits when nothing is there."""
         try:
@@ -103,13 +112,16 @@ def answer(server: socket.socket, *, size: int, token: str, timeout_s: float) ->
 
 
 def _rank_of_caller(line: Line, token: str) -> int | None:
-    """Who is calling, or `None` for a stranger: anybody on the host may connect to an open port."""
+    """Who is calling, or `None` for a stranger: anybody on the host may connect to an open port.
+
+    A caller does not wait to be answered, so its reports may already lie behind its name.
+    """
     try:
-        messages = line.receive()
+        first = line.receive_first()
     except ValueError:
         return None
-    match messages:
-        case [["hello", str(given), int(rank)]] if hmac.compare_digest(given.encode(), token.encode()):
+    match first:
+        case ["hello", str(given), int(rank)] if hmac.compare_digest(given.encode(), token.encode()):
             return rank
     return None
 

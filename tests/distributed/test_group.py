@@ -101,6 +101,16 @@ def test_strangers_are_turned_away_and_missing_ranks_named() -> None:
             stranger.close()
 
 
+def test_a_rank_that_reports_before_it_is_answered_is_known_and_its_reports_are_kept() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        line = call(1, *server.getsockname(), token="secret", timeout_s=5.0)
+        line.send("post", "answer/1/1", "early")
+        lines = answer(server, size=2, token="secret", timeout_s=5.0)
+    assert lines[1].receive() == [["post", "answer/1/1", "early"]]
+    line.close()
+    lines[1].close()
+
+
 def test_an_unreachable_leader_is_named() -> None:
     with pytest.raises(EnvironmentMismatchError, match=r"rank 1 cannot reach rank 0 at 127\.0\.0\.1"):
         call(1, "127.0.0.1", free_port(), token="secret", timeout_s=1.0)
