@@ -21,6 +21,10 @@ InferenceShardformerError
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
+_Error = TypeVar("_Error", bound=BaseException)
+
 
 class InferenceShardformerError(Exception):
     """Base of all errors of this package.
@@ -35,6 +39,10 @@ class InferenceShardformerError(Exception):
         super().__init__(message)
         self.message = message
         self.remedy = remedy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied as it is: constructors differ, and take what the message was made of."""
+        return _as_it_was, (type(self), self.args), self.__dict__
 
     def __str__(self) -> str:
         return f"{self.message}\n  remedy: {self.remedy}" if self.remedy else self.message
@@ -132,3 +140,10 @@ class RankFailure(InferenceShardformerError, RuntimeError):
         self.phase = phase
         self.cause = cause
         self.cause_code = cause_code
+
+
+def _as_it_was(kind: type[_Error], args: tuple[object, ...]) -> _Error:
+    """An error of this type and text, whose attributes come afterwards."""
+    error = kind.__new__(kind, *args)
+    error.args = args
+    return error
