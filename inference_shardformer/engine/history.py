@@ -40,4 +40,6 @@ def completing_tokens(token_ids: Sequence[int], size: int) -> np.ndarray:
 def _penalise(row: torch.Tensor, token_ids: Sequence[int], penalty: float) -> None:
     seen = staged(token_ids, torch.int64, row.device)  # a token that is met twice is written twice, with one value
     scores = row[seen]
-    row[seen] = torch.where(scores < 0, scores * penalty, scores / penalty)
+    numbers = torch.finfo(row.dtype)
+    penalty = min(max(penalty, numbers.tiny), numbers.max)
+    row[seen] = torch.where(scores < 0, scores * penalty, scores / penalty).clamp_(numbers.min, numbers.max)

@@ -11,7 +11,7 @@ from inference_shardformer.config.snapshot import ConfigSnapshot
 from inference_shardformer.config.store import ConfigStore
 from inference_shardformer.config.templates import filled
 from inference_shardformer.engine.detokenizer import Tokenizer
-from inference_shardformer.engine.sampling_params import ResolvedSampling, SamplingParams
+from inference_shardformer.engine.sampling_params import ResolvedSampling, SamplingParams, shown
 from inference_shardformer.errors import RequestError
 from inference_shardformer.kv_cache.sizing import blocks_for
 
@@ -120,6 +120,7 @@ class Intake:
                 "the prompt is text, and this engine has no tokenizer",
                 remedy="pass token ids, or attach the model with tokenizer=",
             )
+        _refuse_half_characters(prompt)
         template = self._config.inference.prompt.template
         return tuple(self._tokenizer.encode(prompt if template is None else filled(template, prompt)))
 
@@ -128,7 +129,9 @@ class Intake:
         problems = []
         if min(token_ids) < 0 or max(token_ids) >= self._vocab_size:
             position = next(i for i, token in enumerate(token_ids) if not 0 <= token < self._vocab_size)
-            problems.append((f"token id {token_ids[position]} at position {position} is not in the vocabulary", valid))
+            problems.append(
+                (f"token id {shown(token_ids[position])} at position {position} is not in the vocabulary", valid)
+            )
         foreign = [token_id for token_id in sampling.stop_token_ids if token_id >= self._vocab_size]
         if foreign:
             problems.append((f"stop_token_ids={foreign} are not in the vocabulary", valid))
@@ -208,6 +211,17 @@ def _raise_for(problems: Sequence[Problem]) -> None:
         raise RequestError(
             "; ".join(problem for problem, _ in problems), remedy="; ".join(remedy for _, remedy in problems)
         )
+
+
+def _refuse_half_characters(prompt: str) -> None:
+    """Tokenizers take no text with surrogates, which is what careless decoding makes of foreign bytes."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as exc:
+        raise RequestError(
+            f"the prompt is no Unicode text: {prompt[exc.start]!r} at position {exc.start} is half a character",
+            remedy="decode bytes as UTF-8, with errors='replace' where they may hold anything",
+        ) from exc
 
 
 def _as_integers(values: Sequence[int]) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from inference_shardformer.engine.staging import staged
 
 NOT_FINITE = -1
 NOTHING_LEFT = -2
+_LEAST = torch.finfo(torch.float32).tiny  # a lower temperature is 0 in float32, and draws no differently
 
 
 class TensorGroup(Protocol):
@@ -133,7 +134,7 @@ class Sampler:
         samplings = [request.sampling for request in requests]
         return self._draw(
             logits,
-            temperatures=[sampling.temperature for sampling in samplings],
+            temperatures=[max(sampling.temperature, _LEAST) for sampling in samplings],
             top_ks=[sampling.top_k for sampling in samplings],
             top_ps=[sampling.top_p for sampling in samplings],
             uniforms=[uniform(request.sampling.seed, request.num_output_tokens) for request in requests],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TypeGuard, TypeVar
@@ -13,6 +14,8 @@ from inference_shardformer.errors import RequestError
 
 Value = TypeVar("Value")
 
+_BEYOND = 2**63  # no number, length or token id is as large as this
+_LONGEST_SHOWN = 256  # bits
 _INTEGERS = ("max_new_tokens", "top_k", "no_repeat_ngram_size", "seed")
 _NUMBERS = ("temperature", "top_p", "repetition_penalty")
 
@@ -108,7 +111,7 @@ class SamplingParams:
             _number("top_p", self.top_p, "a number above 0, at most 1", lambda value: 0 < value <= 1),
             _number("repetition_penalty", self.repetition_penalty, "a finite number above 0", lambda value: value > 0),
             _integer("no_repeat_ngram_size", self.no_repeat_ngram_size, low=0),
-            _integer("seed", self.seed, low=0, below=2**63),
+            _integer("seed", self.seed, low=0),
             _stop(self.stop),
             _stop_token_ids(self.stop_token_ids),
             None if self.ignore_eos is None else _flag("ignore_eos", self.ignore_eos),
@@ -120,19 +123,27 @@ def _given(value: Value | None, default: Value) -> Value:
     return default if value is None else value
 
 
-def _integer(name: str, value: object, *, low: int, below: int | None = None) -> str | None:
-    if value is None or (_is_integer(value) and low <= value and (below is None or value < below)):
+def _integer(name: str, value: object, *, low: int) -> str | None:
+    if value is None or (_is_integer(value) and low <= value < _BEYOND):
         return None
-    bound = "" if below is None else f", below {below}"
-    return f"{name}={value!r} must be an integer, at least {low}{bound}"
+    return f"{name}={shown(value)} must be an integer, at least {low}, below {_BEYOND}"
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it; Python itself refuses to write integers of thousands of digits."""
+    if isinstance(value, int) and value.bit_length() > _LONGEST_SHOWN:
+        return f"<an integer of {value.bit_length()} bits>"
+    return repr(value)
 
 
 def _number(name: str, value: object, rule: str, holds: Callable[[float], bool]) -> str | None:
     if value is None:
         return None
-    if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and holds(float(value)):
-        return None
-    return f"{name}={value!r} must be {rule}"
+    if isinstance(value, Real) and not isinstance(value, bool):
+        with suppress(OverflowError):  # whole numbers and fractions may be larger than any float
+            if math.isfinite(value) and holds(float(value)):
+                return None
+    return f"{name}={shown(value)} must be {rule}"
 
 
 def _stop(value: object) -> str | None:
@@ -143,9 +154,10 @@ def _stop(value: object) -> str | None:
 
 
 def _stop_token_ids(value: object) -> str | None:
-    if isinstance(value, Sequence) and all(_is_integer(token_id) and token_id >= 0 for token_id in value):
+    token_ids = value if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray) else (value,)
+    if token_ids is value and all(_is_integer(token_id) and 0 <= token_id < _BEYOND for token_id in token_ids):
         return None
-    return f"stop_token_ids={value!r} must be a sequence of integers, each at least 0"
+    return f"stop_token_ids={shown(value)} must be a sequence of integers, each at least 0"
 
 
 def _flag(name: str, value: object) -> str | None:

@@ -33,6 +33,8 @@ BAD = [
     ({1, 2}, None, "is a set", "token ids"),
     ([0, 259], None, "token id 259 at position 1", "0 to 258"),
     ([-1], None, "token id -1 at position 0", "0 to 258"),
+    ([1, 10**5000], None, "token id <an integer of 16610 bits> at position 1", "0 to 258"),
+    ("ab\udc80", None, "'\\udc80' at position 2 is half a character", "UTF-8"),
     ([1] * 128, None, "128 tokens and max_model_len=128", "at most 127"),
     ([1] * 100, SamplingParams(max_new_tokens=29), "max_new_tokens=29", "at most 28"),
     ([1] * 20, SamplingParams(max_new_tokens=70), "need 23 cache blocks", "at most 61"),

@@ -65,6 +65,13 @@ WARPED = [
 ]
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-44, 1e-38])
+def test_a_temperature_that_float32_does_not_know_draws_the_likeliest(temperature: float) -> None:
+    logits = _logits(20)
+    requests = [_request(temperature=temperature, seed=row, num_output_tokens=row) for row in range(20)]
+    assert Sampler(SINGLE, (0, VOCAB_SIZE)).sample(logits, requests) == logits.argmax(dim=-1).tolist()
+
+
 def test_distribution_equals_hugging_face_row_by_row() -> None:
     samplings = [_sampling(**settings) for settings in WARPED]
     for seed in range(20):

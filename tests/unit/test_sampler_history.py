@@ -69,6 +69,23 @@ def test_logits_equal_those_of_hugging_face(token_ids: list[int], penalty: float
     assert torch.equal(logits[0], expected)
 
 
+@pytest.mark.parametrize("penalty", [5e-324, 1e-300, 1e300])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.5, "top_k": 3}])
+def test_a_penalty_beyond_float32_draws_what_its_limit_would(penalty: float, settings: dict[str, float]) -> None:
+    """All weight is on what was said before, or on everything else."""
+    logits = _logits(40)
+    logits[:, 3] = 0.0
+    liked = logits[:, 7] > 0
+    requests = [_request([3, 7], seed=row, repetition_penalty=penalty, **settings) for row in range(40)]
+    chosen = torch.tensor(Sampler(SINGLE, (0, VOCAB_SIZE)).sample(logits, requests))
+    assert chosen.min() >= 0
+    assert chosen.max() < VOCAB_SIZE
+    if penalty < 1:
+        assert set(chosen[liked].tolist()) == {7}
+    else:
+        assert 7 not in chosen[~liked].tolist()
+
+
 def test_ngrams_are_found_where_they_are_written_down() -> None:
     assert completing_tokens([1, 2, 3, 1, 2], 3).tolist() == [3]
     assert completing_tokens([1, 2, 1, 3, 1], 2).tolist() == [2, 3]

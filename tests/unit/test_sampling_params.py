@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from inference_shardformer.errors import RequestError
         ("temperature", -0.1),
         ("temperature", math.nan),
         ("temperature", math.inf),
+        ("temperature", Fraction(10**400)),
         ("temperature", True),
         ("temperature", "hot"),
         ("top_k", -1),
@@ -39,6 +41,7 @@ from inference_shardformer.errors import RequestError
         ("no_repeat_ngram_size", 2.0),
         ("seed", -1),
         ("seed", 2**63),
+        ("top_k", 2**63),
         ("stop", ""),
         ("stop", ["a", ""]),
         ("stop", 3),
@@ -47,6 +50,7 @@ from inference_shardformer.errors import RequestError
         ("stop_token_ids", [True]),
         ("stop_token_ids", 7),
         ("stop_token_ids", "7"),
+        ("stop_token_ids", b"7"),
         ("ignore_eos", 1),
         ("skip_special_tokens", None),
     ],
@@ -56,6 +60,13 @@ def test_bad_value_is_refused_by_name(name: str, value: object) -> None:
         SamplingParams(**{name: value})
     assert f"{name}={value!r} must be" in str(caught.value)
     assert caught.value.remedy
+
+
+def test_a_number_too_long_to_write_is_refused_all_the_same() -> None:
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(max_new_tokens=10**5000, temperature=10**400)
+    assert "max_new_tokens=<an integer of 16610 bits> must be" in str(caught.value)
+    assert "temperature=<an integer of 1329 bits> must be" in str(caught.value)
 
 
 def test_all_violations_come_at_once() -> None:
