@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -19,6 +20,8 @@ class EngineAccess:
     """Says which calls are legal, runs steps, and ends the engine when its ranks fail.
 
     Whoever reads or changes anything holds `lock`, which serves in order of arrival; the methods that take it say so.
+    A stream that nobody reads any more may be closed by the garbage collector, in any thread and in the middle of a
+    step: what it left is given up by whoever has the lock next, or has it now and comes to the end of a step.
     """
 
     def __init__(self, desk: RequestDesk, updates: LiveUpdates) -> None:
@@ -26,11 +29,14 @@ class EngineAccess:
         self._desk: RequestDesk | None = desk
         self._updates = updates
         self._state: Literal["ready", "failed", "closed"] = "ready"
+        self._abandoned: deque[Call] = deque()
 
     def desk(self, name: str) -> RequestDesk:
         """The desk, for the call of this name. Raises `StateError` where that is illegal."""
         if self._desk is None or self._state != "ready":
             raise self.illegal(name)
+        if self.lock.is_outermost():
+            self._settle()
         return self._desk
 
     def illegal(self, name: str) -> StateError:
@@ -52,7 +58,9 @@ class EngineAccess:
         """Run one step for the call of this name. What reaches all ranks ends the engine."""
         self.refuse_in_callback(name)
         with self.ending():
-            return self.desk(name).step()
+            stats = self.desk(name).step()
+            self._settle()
+            return stats
 
     def step_for(self, call: Call, name: str) -> StepStats | None:
         """Take the lock and run a step; None if another thread has just finished the call's requests."""
@@ -69,14 +77,19 @@ class EngineAccess:
 
     @contextmanager
     def dropping(self, call: Call) -> Iterator[None]:
-        """Drop the call's requests if it does not come to its end; takes the lock for that."""
+        """Drop the call's requests if it does not come to its end; waits for the lock unless a stream is closed."""
         try:
             yield
         except GeneratorExit:
-            self._leave(call, is_agreed=False)
+            self._abandoned.append(call)
+            if self.lock.try_enter():
+                self._settle()
+                self.lock.__exit__()
             raise
         except BaseException:
-            self._leave(call, is_agreed=True)
+            with self.lock:
+                if self._desk is not None:
+                    self._desk.drop(call)
             raise
 
     def close(self) -> None:
@@ -84,10 +97,12 @@ class EngineAccess:
         self._state = "closed"
         self._desk = None
 
-    def _leave(self, call: Call, *, is_agreed: bool) -> None:
-        with self.lock:
+    def _settle(self) -> None:
+        """Give up what closed streams left. The lock is held, and no step runs."""
+        while self._abandoned:
+            call = self._abandoned.popleft()
             if self._desk is not None:
-                self._desk.leave(call, is_agreed=is_agreed)
+                self._desk.abandon(call)
 
 
 class _Ending:

@@ -8,7 +8,7 @@ from inference_shardformer.engine.backend_switch import BackendChange
 from inference_shardformer.engine.calls import Call, Outbox, rejected, summary
 from inference_shardformer.engine.core import EngineCore
 from inference_shardformer.engine.distribution import derived_seed
-from inference_shardformer.engine.events import AbortRequest, AddRequest
+from inference_shardformer.engine.events import AbandonRequest, AbortRequest, AddRequest
 from inference_shardformer.engine.intake import Intake, Prompt, ValidPrompt
 from inference_shardformer.engine.outputs import RequestOutput, StepStats
 from inference_shardformer.engine.sampling_params import SamplingParams
@@ -99,15 +99,20 @@ class RequestDesk:
         """The outputs that no call asked for, once."""
         return self._outbox.take()
 
-    def leave(self, call: Call, *, is_agreed: bool) -> None:
-        """Give up what a call left; `is_agreed` if every rank is doing the same right now."""
+    def drop(self, call: Call) -> None:
+        """Give up what a call left, at once: every rank is doing the same right now."""
         left = set(call.request_ids)
-        if self._is_alone or is_agreed:
-            self._core.drop(left)
-            self._outbox.forget(left)
+        self._core.drop(left)
+        self._outbox.forget(left)
+
+    def abandon(self, call: Call) -> None:
+        """Give up what a closed stream left: with several ranks in the next step, once that of rank 0 is closed."""
+        if self._is_alone:
+            self.drop(call)
             return
-        for request_id in sorted(left):
-            self._exchange.post(AbortRequest(request_id))
+        call.is_streaming = False
+        for request_id in sorted(call.request_ids):
+            self._exchange.post(AbandonRequest(request_id))
 
     def _post(self, valid: ValidPrompt, *, index: int, request_id: str | None = None) -> str:
         number = self._core.num_added + self._exchange.num_pending_adds

@@ -130,7 +130,8 @@ class InferenceEngine:
     ) -> Iterator[StreamChunk]:
         """Generate for all prompts and yield what each step adds, as it comes.
 
-        Invalid requests raise here, before the first chunk. Closing the iterator aborts what is left.
+        Invalid requests raise here, before the first chunk. Closing the iterator aborts what is left;
+        with several ranks that of rank 0 counts.
         """
         wanted = pair_prompts(prompts, sampling_params)
         call = Call(is_streaming=True)

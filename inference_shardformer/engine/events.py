@@ -31,6 +31,13 @@ class AbortRequest:
 
 
 @dataclass(frozen=True)
+class AbandonRequest:
+    """Nobody reads a request's stream any more; as `AbortRequest`, but ranks may find that out at different steps."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
 class UpdateConfig:
     """Live settings change, if every rank accepts it. `changes` is what `encode_changes` made of them."""
 
@@ -50,8 +57,8 @@ class UpdateWeights:
     """New weights arrive, on every rank or on none. The weights themselves travel apart."""
 
 
-Event = AddRequest | AbortRequest | UpdateConfig | SwitchBackend | UpdateWeights
-_OWN = UpdateConfig | SwitchBackend | UpdateWeights  # asked for by rank 0 alone
+Event = AddRequest | AbortRequest | AbandonRequest | UpdateConfig | SwitchBackend | UpdateWeights
+_COMPARED = AddRequest | AbortRequest  # the others are asked for by rank 0 alone
 
 
 class Delivery(NamedTuple):
@@ -84,8 +91,8 @@ class EventExchange:
     """Collects the local calls between two steps and replaces them by those of rank 0.
 
     Ranks above 0 may make the same calls as rank 0, which is checked, or none, and follow. Updates of the configuration
-    and of the weights, and switches of the backend, are posted on rank 0 alone and not compared: what another rank asks
-    for is nothing but a wish.
+    and of the weights, switches of the backend and the ends of streams are those of rank 0 and not compared: what
+    another rank asks for is nothing but a wish.
     """
 
     def __init__(self, group: ByteGroup) -> None:
@@ -116,7 +123,9 @@ class EventExchange:
     def forget(self, request_ids: set[str]) -> None:
         """Drop the local calls about these requests."""
         self._pending = [
-            event for event in self._pending if isinstance(event, _OWN) or event.request_id not in request_ids
+            event
+            for event in self._pending
+            if not isinstance(event, _COMPARED | AbandonRequest) or event.request_id not in request_ids
         ]
         self._pending_adds -= request_ids
 
@@ -155,6 +164,7 @@ def decode_events(payload: bytes) -> list[Event]:
 _NAMES: dict[type, str] = {
     AddRequest: "add",
     AbortRequest: "abort",
+    AbandonRequest: "abandon",
     UpdateConfig: "configure",
     SwitchBackend: "switch",
     UpdateWeights: "weights",
@@ -165,6 +175,8 @@ def _decode(record: dict) -> Event:
     kind = record.pop("type")
     if kind == "abort":
         return AbortRequest(**record)
+    if kind == "abandon":
+        return AbandonRequest(**record)
     if kind == "configure":
         return UpdateConfig(**record)
     if kind == "switch":
@@ -176,7 +188,7 @@ def _decode(record: dict) -> Event:
 
 
 def _about_requests(events: Sequence[Event]) -> list[Event]:
-    return [event for event in events if not isinstance(event, _OWN)]
+    return [event for event in events if isinstance(event, _COMPARED)]
 
 
 def _diverged(ranks: list[int]) -> EnvironmentMismatchError:

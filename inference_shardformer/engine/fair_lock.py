@@ -40,6 +40,20 @@ class FairLock:
             self._give_up(mine)
             raise
 
+    def try_enter(self) -> bool:
+        """Take the lock if nobody has it, this thread included. Never waits, so that a finaliser may ask."""
+        if not self._mutex.acquire(blocking=False):
+            return False
+        is_free = self._owner is None
+        if is_free:
+            self._owner, self._depth = get_ident(), 1
+        self._mutex.release()
+        return is_free
+
+    def is_outermost(self) -> bool:
+        """Whether this thread has the lock, and took it once."""
+        return self._owner == get_ident() and self._depth == 1
+
     def __exit__(self, *exc_info: object) -> None:
         with self._mutex:
             self._depth -= 1

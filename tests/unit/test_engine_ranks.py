@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from inference_shardformer.engine.engine import InferenceEngine
 from inference_shardformer.engine.events import (
+    AbandonRequest,
     AbortRequest,
     AddRequest,
     EventExchange,
@@ -33,6 +35,7 @@ def test_events_survive_the_wire() -> None:
         _add("a", stop=["x", "é"], stop_token_ids=[5], temperature=0.1, seed=2**63 - 1),
         _add("n", top_k=np.int32(4), top_p=np.float32(0.5), ignore_eos=True, repetition_penalty=2),
         AbortRequest("b"),
+        AbandonRequest("c"),
         UpdateConfig('{"inference.scheduler.max_num_seqs":3}', "té"),
     ]
     assert decode_events(encode_events(events)) == events
@@ -91,6 +94,57 @@ def test_stream_may_be_left_on_all_ranks(tiny: SimpleNamespace) -> None:
     assert list(first[2].token_ids) == tiny.Setup().greedy([1], 16)
 
 
+@pytest.mark.parametrize("early", [0, 1])
+def test_ranks_may_leave_a_stream_at_different_steps(tiny: SimpleNamespace, early: int) -> None:
+    """As the garbage collector does, which runs when it pleases."""
+
+    def program(group: object) -> list:
+        engine = _engine(tiny, group)
+        chunks = engine.stream(["ab", "cd"])
+        next(chunks)
+        for rank in (early, 1 - early):
+            if group.rank == rank:
+                chunks.close()
+            engine.step()
+        outputs = engine.generate([[1]])
+        tiny.assert_all_free(engine)
+        return outputs
+
+    first, second = tiny.run_ranks(2, program)
+    assert first == second
+    assert list(first[0].token_ids) == tiny.Setup().greedy([1], 16)
+
+
+def test_stream_lost_in_a_cycle_is_left_on_all_ranks(tiny: SimpleNamespace) -> None:
+    """Whichever thread collects it: it closes the streams of both ranks in the middle of a step."""
+
+    def program(group: object) -> list:
+        engine = _engine(tiny, group)
+        model, lost = engine._runner._model, [engine.stream(["ab", "cd"])]
+        next(lost[0])
+        lost.append(lost)
+        del lost
+
+        def collecting(**arguments: object) -> object:
+            if group.rank == 1:
+                gc.collect()
+            return model(**arguments)
+
+        engine._runner._model = collecting
+        outputs = engine.generate([[1]])
+        engine.step()
+        tiny.assert_all_free(engine)
+        return outputs
+
+    gc.disable()
+    try:
+        first, second = tiny.run_ranks(2, program)
+    finally:
+        gc.enable()
+    assert first == second
+    assert list(first[0].token_ids) == tiny.Setup().greedy([1], 16)
+
+
 def test_different_calls_fail_on_every_rank_by_name(tiny: SimpleNamespace) -> None:
     def differing(group: object) -> None:
         engine = _engine(tiny, group)
@@ -124,7 +178,7 @@ def test_calls_where_rank_0_made_none_fail_there(tiny: SimpleNamespace) -> None:
 
 def test_exchange_keeps_order_and_forgets(tiny: SimpleNamespace) -> None:
     exchange = EventExchange(SimpleNamespace(rank=0, size=1))
-    for event in (_add("a"), _add("b"), AbortRequest("a")):
+    for event in (_add("a"), _add("b"), AbandonRequest("b"), AbortRequest("a")):
         exchange.post(event)
     assert exchange.num_pending_adds == 2
     exchange.forget({"b"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -62,6 +63,41 @@ def test_closing_the_iterator_aborts_the_rest(tiny: SimpleNamespace, num_read: i
     chunks.close()
     tiny.assert_all_free(engine)
     assert not engine.has_unfinished()
+
+
+def test_stream_that_is_collected_in_a_step_is_given_up_after_it(tiny: SimpleNamespace) -> None:
+    setup = tiny.Setup(num_blocks=24)
+    engine = setup.engine()
+    model, lost = engine._runner._model, [engine.stream(tiny.ragged_prompts(9))]
+    next(lost[0])
+    lost.append(lost)  # as an exception that is kept in its own frame does
+
+    def collecting(**arguments: object) -> object:
+        gc.collect()
+        return model(**arguments)
+
+    engine._runner._model = collecting
+    gc.disable()
+    try:
+        del lost
+        [output] = engine.generate([[1]])
+    finally:
+        gc.enable()
+    assert list(output.token_ids) == setup.greedy([1], 16)
+    tiny.assert_all_free(engine)
+
+
+def test_closing_an_iterator_waits_for_nobody(tiny: SimpleNamespace) -> None:
+    engine = tiny.Setup(num_blocks=24).engine()
+    chunks = engine.stream(tiny.ragged_prompts(9))
+    next(chunks)
+    lock = engine._access.lock
+    lock.__enter__()
+    lock._owner = -1  # another thread is in a step
+    chunks.close()
+    lock.__exit__()
+    assert engine.num_unfinished == 0
+    tiny.assert_all_free(engine)
 
 
 def test_iterator_that_was_never_read_queues_nothing(tiny: SimpleNamespace) -> None:
