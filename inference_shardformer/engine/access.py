@@ -77,7 +77,7 @@ class EngineAccess:
 
     @contextmanager
     def dropping(self, call: Call) -> Iterator[None]:
-        """Drop the call's requests if it does not come to its end; waits for the lock unless a stream is closed."""
+        """Give up the call's requests if it does not come to its end. A stream that is closed waits for no lock."""
         try:
             yield
         except GeneratorExit:
@@ -89,7 +89,7 @@ class EngineAccess:
         except BaseException:
             with self.lock:
                 if self._desk is not None:
-                    self._desk.drop(call)
+                    self._desk.abandon(call)
             raise
 
     def close(self) -> None:

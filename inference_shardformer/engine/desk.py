@@ -99,20 +99,19 @@ class RequestDesk:
         """The outputs that no call asked for, once."""
         return self._outbox.take()
 
-    def drop(self, call: Call) -> None:
-        """Give up what a call left, at once: every rank is doing the same right now."""
+    def abandon(self, call: Call) -> None:
+        """Give up what a call left that did not come to its end: at once, or in the next step of several ranks.
+
+        Nobody knows whether the other ranks give it up too. Where rank 0 does, they all do.
+        """
+        if not self._is_alone:
+            call.is_streaming = False
+            for request_id in sorted(call.request_ids):
+                self._exchange.post(AbandonRequest(request_id))
+            return
         left = set(call.request_ids)
         self._core.drop(left)
         self._outbox.forget(left)
-
-    def abandon(self, call: Call) -> None:
-        """Give up what a closed stream left: with several ranks in the next step, once that of rank 0 is closed."""
-        if self._is_alone:
-            self.drop(call)
-            return
-        call.is_streaming = False
-        for request_id in sorted(call.request_ids):
-            self._exchange.post(AbandonRequest(request_id))
 
     def _post(self, valid: ValidPrompt, *, index: int, request_id: str | None = None) -> str:
         number = self._core.num_added + self._exchange.num_pending_adds

@@ -104,7 +104,8 @@ class InferenceEngine:
 
         Every request is checked before one is queued. With `on_error="raise"` one `RequestError` names all that cannot
         be served; with "return" these come back with their `error`, and the others run. `on_step` is called after each
-        step. If anything raises, this call's requests are dropped and their blocks freed.
+        step. If anything raises, this call's requests are dropped and their blocks freed; with several ranks in the
+        next step, and where rank 0 raised: the call of another rank then ends with outputs that say "abort".
         """
         if on_error not in ("raise", "return"):
             raise RequestError(f"on_error={on_error!r} is not known", remedy="choose 'raise' or 'return'")

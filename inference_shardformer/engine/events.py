@@ -32,7 +32,7 @@ class AbortRequest:
 
 @dataclass(frozen=True)
 class AbandonRequest:
-    """Nobody reads a request's stream any more; as `AbortRequest`, but ranks may find that out at different steps."""
+    """The call of a request did not come to its end; as `AbortRequest`, but perhaps on one rank alone, or later."""
 
     request_id: str
 
@@ -91,7 +91,7 @@ class EventExchange:
     """Collects the local calls between two steps and replaces them by those of rank 0.
 
     Ranks above 0 may make the same calls as rank 0, which is checked, or none, and follow. Updates of the configuration
-    and of the weights, switches of the backend and the ends of streams are those of rank 0 and not compared: what
+    and of the weights, switches of the backend and calls given up are those of rank 0 and not compared: what
     another rank asks for is nothing but a wish.
     """
 

@@ -145,6 +145,33 @@ def test_stream_lost_in_a_cycle_is_left_on_all_ranks(tiny: SimpleNamespace) -> N
     assert list(first[0].token_ids) == tiny.Setup().greedy([1], 16)
 
 
+def test_a_callback_that_raises_on_rank_0_alone_ends_the_call_on_all(tiny: SimpleNamespace) -> None:
+    def program(group: object) -> list:
+        engine = _engine(tiny, group, max_num_seqs=1)
+        num_steps = 0
+
+        def on_step(stats: object) -> None:
+            nonlocal num_steps
+            num_steps += 1
+            if num_steps == 3:
+                raise ValueError("a progress bar that only rank 0 shows")
+
+        outputs = []
+        try:
+            outputs += engine.generate([[1], [2]], on_step=on_step if group.rank == 0 else None)
+        except ValueError:
+            outputs += engine.step()
+        outputs += engine.generate([[3]])
+        tiny.assert_all_free(engine)
+        return outputs
+
+    first, second = tiny.run_ranks(2, program)
+    greedy = tiny.Setup().greedy
+    assert [list(output.token_ids) for output in first] == [greedy([3], 16)]
+    assert [list(output.token_ids) for output in second] == [greedy([1], 16)[:3], [], greedy([3], 16)]
+    assert [output.finish_reason for output in second] == ["abort", "abort", "length"]
+
+
 def test_different_calls_fail_on_every_rank_by_name(tiny: SimpleNamespace) -> None:
     def differing(group: object) -> None:
         engine = _engine(tiny, group)
