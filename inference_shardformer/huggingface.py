@@ -59,19 +59,25 @@ def model_in_memory(model: PreTrainedModel, policy: Policy | None = None) -> Mod
 def load_hf_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
     """Read config.json as transformers understands it."""
     with collection_paused():
-        from huggingface_hub import errors
         from transformers import AutoConfig
 
-    strict = getattr(errors, "StrictDataclassError", ValueError)  # what transformers 5 raises for a field's value
     try:
         with collection_paused():  # it imports the model's family
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (strict, ValueError, OSError, KeyError, TypeError, AttributeError) as exc:
+    except unreadable() as exc:
         raise CheckpointError(
             f"{folder / 'config.json'}: transformers cannot read it: {exc}",
             remedy="correct the file; code that comes with a checkpoint runs only with "
             "inference.weights.trust_remote_code=true",
         ) from exc
+
+
+def unreadable() -> tuple[type[Exception], ...]:
+    """What transformers raises for files that it cannot read, or that hold values no model can have."""
+    from huggingface_hub import errors
+
+    strict = getattr(errors, "StrictDataclassError", ValueError)  # of transformers 5, for the value of a field
+    return (strict, ValueError, OSError, KeyError, TypeError, AttributeError, ArithmeticError)
 
 
 def architecture_of(hf_config: PreTrainedConfig) -> str:

@@ -65,13 +65,16 @@ def open_session(
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from inference_shardformer.huggingface import unreadable
+
     with collection_paused():
         from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as exc:
+    except unreadable() as exc:
         raise CheckpointError(
             f"{folder}: its tokenizer cannot be loaded: {exc}",
-            remedy="repair or remove the tokenizer files; without them give prompts as token ids",
+            remedy="repair config.json and the tokenizer files, or remove these; without them give prompts as token "
+            "ids",
         ) from exc
