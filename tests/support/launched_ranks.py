@@ -25,8 +25,12 @@ def main() -> None:
                 sys.exit(int(code))
             time.sleep(60)
         case ["kill", culprit]:
-            if rank == int(culprit):
-                os.kill(os.getpid(), signal.SIGKILL)
+            others = Path("others-are-ready")
+            while rank == int(culprit):
+                if others.exists():  # a rank that has not begun cannot say why
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(0.01)
+            others.touch()
             time.sleep(0.5)
             sys.stderr.write(f"rank {rank} says why\n")
             sys.exit(4)
