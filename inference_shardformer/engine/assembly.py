@@ -62,7 +62,7 @@ def assemble(
     num_blocks, block_size = runner.kv_cache.num_blocks, runner.kv_cache.spec.block_size
     store = ConfigStore(config)
     intake = Intake(facts=facts, config=store, num_blocks=num_blocks, block_size=block_size, tokenizer=tokenizer)
-    guard.agree("create the engine", intake.limits())
+    guard.agree("creation of the engine", intake.limits())
     exchange = EventExchange(group)
     updates = LiveUpdates(store, group, exchange)
     scheduler = Scheduler(BlockAllocator(num_blocks), block_size=block_size)

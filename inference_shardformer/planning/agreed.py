@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 def agreed_plan(guard: RankGuard, plan: str | Path | PlanFile) -> PlanFile:
     """The plan file. Raises `PlanFileError` if it cannot be read, `EnvironmentMismatchError` if ranks have others."""
-    file = guard.together("plan file", lambda: plan if isinstance(plan, PlanFile) else PlanFile.read(plan))
-    guard.agree("plan file", {"the plan file": sha256(file.document.to_text().encode()).hexdigest()})
+    file = guard.together(
+        "reading of the plan file", lambda: plan if isinstance(plan, PlanFile) else PlanFile.read(plan)
+    )
+    guard.agree("reading of the plan file", {"the plan file": sha256(file.document.to_text().encode()).hexdigest()})
     return file

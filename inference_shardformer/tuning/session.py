@@ -73,7 +73,7 @@ def _compare(
 ) -> tuple[Comparison, ...]:
     layout = RankLayout(ranks.group.size, ranks.group.rank)
     wanted = ranks.guard.together("tuning", lambda: _wanted(layers, model, layout, ranks.device))
-    ranks.guard.agree("tune", {"layers": str(wanted.groups.group_of)})
+    ranks.guard.agree("tuning", {"layers": str(wanted.groups.group_of)})
     groups = range(len(wanted.groups.specs))
     return tuple(_compare_group(wanted, group, buckets, ranks, rounds, registry, clock) for group in groups)
 
@@ -90,7 +90,7 @@ def _compare_group(
     guard, group = ranks.guard, ranks.group
     spec = wanted.groups.specs[layer_group]
     field = guard.together("tuning", lambda: enter(wanted, spec, registry))
-    guard.agree("tune", {**field.fingerprint, "candidates": ", ".join(field.contenders)})
+    guard.agree("tuning", {**field.fingerprint, "candidates": ", ".join(field.contenders)})
     rows: list[Measurement] = []
     for bucket in served(buckets, spec):  # ranks keep step, so that all of them load the machine at once
         work = partial(measure, field.contenders, spec, (bucket,), rounds=rounds, clock=clock)
