@@ -30,10 +30,12 @@ class InferenceShardformerError(Exception):
     """Base of all errors of this package.
 
     `code` is stable and meant for programs, `remedy` says what to do, `exit_code` is what the command line returns.
+    `is_shared`: every rank raises the same, so that it is enough if one of them reports it.
     """
 
     code = "internal"
     exit_code = 1
+    is_shared = False
 
     def __init__(self, message: str, *, remedy: str = "") -> None:
         super().__init__(message)
@@ -133,6 +135,7 @@ class RankFailure(InferenceShardformerError, RuntimeError):
 
     code = "rank_failure"
     exit_code = 4
+    is_shared = True
 
     def __init__(self, *, rank: int, phase: str, cause: str, cause_code: str = "internal", remedy: str = "") -> None:
         super().__init__(f"rank {rank} failed during {phase}: {cause}", remedy=remedy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -16,14 +17,18 @@ from inference_shardformer.cli import migrate as migrate_command
 from inference_shardformer.cli import plan as plan_command
 from inference_shardformer.cli import verify as verify_command
 from inference_shardformer.cli.parser import ArgumentParser, add_version
-from inference_shardformer.cli.ranks import has_launcher_of_ours, is_main_rank, note_reported
+from inference_shardformer.cli.ranks import has_launcher_of_ours, is_main_rank, name_of_other_rank, note_reported
 from inference_shardformer.cli.report import EXIT_INTERNAL, EXIT_INTERRUPTED, report_error, unexpected
+from inference_shardformer.cli.streams import open_standard_streams
 from inference_shardformer.distributed.leaving import run_and_leave
 from inference_shardformer.errors import InferenceShardformerError
+
+_MAIN_RANK_SPEAKS_S = 3.0  # more than a rank has left once the launcher ends it
 
 
 def run_as_program(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command line and end the process with its code; that of a rank by `run_and_leave`, however launched."""
+    open_standard_streams()
     if "RANK" in os.environ:
         run_and_leave(lambda: sys.exit(main(argv)))
     sys.exit(main(argv))
@@ -33,24 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit code and never raises."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = build_parser().parse_args(words)
-        code = int(args.run(args, words))
-        if code and is_main_rank():
-            note_reported()
-        return code
-    except SystemExit as exc:  # --help and --version
-        return exc.code if isinstance(exc.code, int) else 0
-    except KeyboardInterrupt:
-        if is_main_rank() and not has_launcher_of_ours():
-            print("interrupted", file=sys.stderr, flush=True)
-        return EXIT_INTERRUPTED
+        return _run(words)
     except BrokenPipeError:  # the reader of our output has gone; nothing more can be said to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        note_reported()
         return EXIT_INTERNAL
-    except InferenceShardformerError as exc:
-        return _fail(exc, words)
-    except Exception as exc:  # noqa: BLE001 - the process boundary
-        return _fail(unexpected(exc), words)
 
 
 def build_parser() -> ArgumentParser:
@@ -71,10 +63,35 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+def _run(words: Sequence[str]) -> int:
+    """Run, and report what goes wrong."""
+    try:
+        args = build_parser().parse_args(words)
+        code = int(args.run(args, words))
+        if code and is_main_rank():
+            note_reported()
+        return code
+    except SystemExit as exc:  # --help and --version
+        return exc.code if isinstance(exc.code, int) else 0
+    except KeyboardInterrupt:
+        if is_main_rank() and not has_launcher_of_ours():
+            print("interrupted", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except InferenceShardformerError as exc:
+        return _fail(exc, words)
+    except Exception as exc:  # noqa: BLE001 - the process boundary
+        return _fail(unexpected(exc), words)
+
+
 def _fail(error: InferenceShardformerError, words: Sequence[str]) -> int:
-    """Report on the main rank, and return the exit code that all ranks share."""
-    if is_main_rank():
-        report_error(error, as_json="--json" in words, debug="--debug" in words)
+    """Report, on the main rank or for this rank alone, and return the exit code."""
+    if not is_main_rank() and not error.is_shared:
+        # Most often the main rank has the same error, says so and ends, and the launcher then ends this rank.
+        time.sleep(_MAIN_RANK_SPEAKS_S)
+    if is_main_rank() or not error.is_shared:
+        report_error(error, as_json="--json" in words, debug="--debug" in words, speaker=name_of_other_rank())
         note_reported()
     return error.exit_code
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +23,11 @@ def is_launched() -> bool:
 def is_main_rank() -> bool:
     """Whether this process is the one that prints."""
     return not is_launched() or os.environ["RANK"] == "0"
+
+
+def name_of_other_rank() -> str:
+    """Who speaks where it is not the main rank."""
+    return "" if is_main_rank() else f"rank {os.environ['RANK']}: "
 
 
 def has_launcher_of_ours() -> bool:
@@ -57,6 +63,11 @@ def launch(words: Sequence[str], *, num_ranks: int) -> int:
             del os.environ[_REPORTED_VARIABLE]
         if code == EXIT_INTERRUPTED:
             raise KeyboardInterrupt
+        if code == 128 + signal.SIGTERM and not reported.exists():
+            raise LostRankError(
+                f"the {num_ranks} ranks were told to end (SIGTERM)",
+                remedy="nothing is wrong here; see who ended the command or one of its ranks",
+            )
         if code and not reported.exists():
             raise LostRankError(
                 f"one of the {num_ranks} ranks ended without a report (exit code {code})",

@@ -26,13 +26,14 @@ class LostRankError(InferenceShardformerError, RuntimeError):
     exit_code = RankFailure.exit_code
 
 
-def report_error(error: InferenceShardformerError, *, as_json: bool, debug: bool) -> None:
-    """Print one error; with `debug` its traceback stands before the block."""
+def report_error(error: InferenceShardformerError, *, as_json: bool, debug: bool, speaker: str = "") -> None:
+    """Print one error; with `debug` its traceback stands before the block. `speaker` stands before the message."""
     if debug:
         traceback.print_exception(error)
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(f"error: {speaker}{error}", file=sys.stderr, flush=True)
     if as_json:
-        print(json.dumps({"error": error_object(error)}), flush=True)
+        record = error_object(error)
+        print(json.dumps({"error": record | {"message": speaker + record["message"]}}), flush=True)
 
 
 def error_object(error: InferenceShardformerError) -> dict[str, str]:

@@ -58,7 +58,7 @@ class RankGuard:
         answers = self._exchange(phase, Outcome.of(error).to_json(), patience_s=time.monotonic() - begun)
         common = error_of_phase([Outcome.from_json(answer) for answer in answers], phase=phase)
         if common is not None:
-            self._has_failed = True
+            self._has_failed = common.is_shared = True
             raise common from error
         return result[0]
 
@@ -75,11 +75,12 @@ class RankGuard:
         fields = sorted(set().union(*answers))
         conflicts = [text for field in fields if (text := _conflict(field, [answer.get(field) for answer in answers]))]
         if conflicts:
-            self._has_failed = True
-            raise EnvironmentMismatchError(
-                f"the ranks disagree while they {phase}: " + "; ".join(conflicts),
+            differing = EnvironmentMismatchError(
+                f"the ranks disagree during {phase}: " + "; ".join(conflicts),
                 remedy="start every rank with the same arguments, configuration, files and package versions",
             )
+            self._has_failed = differing.is_shared = True
+            raise differing
 
     def step(self, phase: str) -> _Step:
         """A context for one step of the engine."""

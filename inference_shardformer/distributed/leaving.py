@@ -23,7 +23,11 @@ def run_and_leave(program: Callable[[], object]) -> NoReturn:
     threading._shutdown()  # type: ignore[attr-defined]  # as multiprocessing ends its processes
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        try:
+            if stream is not None:  # closed by whoever started this process
+                stream.flush()
+        except OSError:  # its reader has gone, or the disk is full
+            ending.code = ending.code or 1
     os._exit(ending.code)
 
 

@@ -154,6 +154,39 @@ def test_interrupt_ends_all_ranks_with_130(checkpoint, tmp_path):
     assert not alive
 
 
+def test_a_reader_that_goes_away_is_no_failure_of_a_rank(checkpoint):
+    words = ["generate", *prompt_options(checkpoint), "--tp", "2", "--json"]
+    with subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode == 1
+    assert "tokens/s" not in err
+    assert "error" not in err
+    assert "Traceback" not in err
+
+
+def test_a_file_that_one_rank_lacks_is_named_by_that_rank(checkpoint, tmp_path):
+    """Only that rank can: the others wait for it in vain, and then the launcher ends them."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os\nfrom pathlib import Path\nfrom inference_shardformer.cli.main import run_as_program\n"
+        "model = str(Path(os.environ['MODEL'], 'none') if os.environ['RANK'] == '1' else os.environ['MODEL'])\n"
+        "run_as_program(['generate', '--prompt', 'x', '--json', '--model', model])\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    done = subprocess.run(
+        torchrun,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "MODEL": str(checkpoint.folder)},
+    )
+    assert json.loads(done.stdout)["error"]["code"] == "checkpoint"
+    assert done.stderr.count("error: rank 1: --model ") == 1
+    assert "no such folder" in done.stderr
+
+
 def test_a_world_of_another_size_is_refused(checkpoint):
     launched = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     words = ["generate", "--model", str(checkpoint.folder), "--prompt", "x", "--tp", "2", "--json"]
@@ -191,6 +224,9 @@ def _edit(**changes):
         (lambda folder: (folder / "model.safetensors").unlink(), [], 2, "checkpoint", "model.safetensors"),
         (lambda folder: (folder / "config.json").write_text("{"), [], 2, "checkpoint", "config.json"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), [], 2, "checkpoint", "tokenizer"),
+        (lambda folder: (folder / "tokenizer_config.json").write_text("5"), [], 2, "checkpoint", "tokenizer"),
+        (_edit(num_attention_heads="eight"), [], 2, "checkpoint", "num_attention_heads"),
+        (_edit(num_attention_heads=0), [], 2, "checkpoint", "zero"),
         (_edit(num_hidden_layers=3), [], 2, "checkpoint", "layers.2"),
         (_edit(num_hidden_layers=1), [], 2, "checkpoint", "layers.1"),
         (_edit(architectures=["GPT2LMHeadModel"]), [], 2, "unsupported_model", "LlamaForCausalLM"),

@@ -121,21 +121,34 @@ def test_exit_codes(checkpoint, capfd, monkeypatch, error, code):
         assert err == ""
 
 
-def test_ranks_other_than_the_main_one_are_silent(checkpoint, capsys, monkeypatch):
+def test_ranks_other_than_the_main_one_report_what_only_they_know(checkpoint, capsys, monkeypatch):
+    pauses = []
+    monkeypatch.setattr("time.sleep", pauses.append)
     for name, value in (LAUNCHED | {"RANK": "1", "WORLD_SIZE": "2"}).items():
         monkeypatch.setenv(name, value)
     assert main(["generate", "--model", checkpoint, "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: rank 1: no prompt given")
+    assert json.loads(out)["error"]["message"].startswith("rank 1: no prompt given")
+    assert pauses == [3.0]  # in which the launcher ends this rank if the main one had the same error
+
+    def explode(*_args, **_kwargs):
+        raise RankFailure(rank=1, phase="decode", cause="boom")
+
+    monkeypatch.setattr(generate_command, "open_session", explode)
+    assert main(["generate", "--model", checkpoint, "--prompt", "x", "--json"]) == 4
     assert capsys.readouterr() == ("", "")
     monkeypatch.setenv("RANK", "0")
     assert main(["generate", "--model", checkpoint]) == 2
-    assert "no prompt given" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("error: no prompt given")
+    assert pauses == [3.0]
 
 
 def test_tp_outside_of_torchrun_launches_the_same_words(checkpoint, capsys, monkeypatch):
     launched = []
     launcher = SimpleNamespace(launch_ranks=lambda words, nproc: launched.append((words, nproc)) or codes.pop())
     monkeypatch.setitem(sys.modules, "inference_shardformer.distributed.launch", launcher)
-    codes = [130, 4, 0]
+    codes = [143, 130, 4, 0]
     words = ["generate", "--model", checkpoint, "--prompt", "x", "--set", "tp_size=2"]
     assert main(words) == 0
     assert launched == [(words, 2)]
@@ -146,6 +159,8 @@ def test_tp_outside_of_torchrun_launches_the_same_words(checkpoint, capsys, monk
     assert json.loads(out)["error"]["code"] == "rank_failure"
     assert main(words) == 130
     assert capsys.readouterr().err == "interrupted\n"
+    assert main(words) == 4
+    assert "the 2 ranks were told to end (SIGTERM)" in capsys.readouterr().err
 
 
 def test_a_report_of_the_main_rank_is_not_repeated(checkpoint, capsys, monkeypatch):
@@ -162,6 +177,17 @@ def test_a_report_of_the_main_rank_is_not_repeated(checkpoint, capsys, monkeypat
     monkeypatch.setitem(sys.modules, "inference_shardformer.distributed.launch", module)
     assert main(["generate", "--model", checkpoint, "--prompt", "x", "--tp", "2"]) == 4
     assert capsys.readouterr().err.count("error:") == 1
+
+    def break_pipe(*_args, **_kwargs):
+        raise BrokenPipeError
+
+    for name in LAUNCHED:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(generate_command, "open_session", break_pipe)
+    with capsys.disabled(), open(os.devnull, "w") as nowhere, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", nowhere)
+        assert main(["generate", "--model", checkpoint, "--prompt", "x", "--tp", "2"]) == 1
+    assert capsys.readouterr() == ("", "")
 
     # some of the requests were refused, which the main rank has shown in their places
     monkeypatch.setattr(
