@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -81,7 +82,18 @@ def agreed_facts(prepared: Prepared) -> dict[str, str]:
             f"{groups.named(group)}: {selection.name}" for group, selection in enumerate(prepared.selections)
         ),
         **{decision.path: str(decision.value) for decision in prepared.config.decisions},
+        **_settings_of_model(prepared.hf_config),
         COMPRESSION: prepared.config.inference.weights.compression,  # what was asked: bits are the same either way
+    }
+
+
+def _settings_of_model(hf_config: PreTrainedConfig) -> dict[str, str]:
+    """What config.json says, facts or not: with another epsilon or rotary base a rank computes, but nonsense."""
+    own = {name: value for name, value in hf_config.to_dict().items() if not name.startswith("_")}
+    own.pop("transformers_version", None)  # what wrote it
+    return {
+        f"config.json {name}": json.dumps(value, skipkeys=True, default=lambda each: type(each).__name__)
+        for name, value in own.items()
     }
 
 

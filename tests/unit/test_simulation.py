@@ -199,6 +199,28 @@ def test_an_aborted_group_ends_those_that_wait():
     simulate(2, work)
 
 
+def test_ranks_whose_checkpoints_compute_differently_are_told_in_what(tmp_path: Path):
+    """Epsilon and rotary base change no shape and no plan: without a word the result would be nonsense."""
+    for name in ("0", "1"):
+        save_tiny_model("rope_linear", tmp_path / name)
+    file = tmp_path / "1" / "config.json"
+    text = file.read_text()
+    file.write_text(text.replace("1e-06", "1e-05").replace('"factor": 2.0', '"factor": 4.0'))
+
+    def work(rank: SimulatedRank) -> str:
+        with rank.shardformer(ShardConfig(threads_per_rank=1), CONFIG) as shardformer:
+            with pytest.raises(EnvironmentMismatchError, match="the ranks disagree during preparation") as caught:
+                shardformer.from_pretrained(tmp_path / str(rank.tp_rank))
+        return str(caught.value)
+
+    assert text != file.read_text()
+    (first, second) = simulate(2, work)
+    assert first == second
+    assert "config.json rms_norm_eps: rank 0 has '1e-06', rank 1 has '1e-05'" in first
+    assert '"factor": 2.0' in first
+    assert '"factor": 4.0' in first
+
+
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 def test_engines_on_simulated_ranks_equal_hugging_face(tmp_path: Path, tp_size: int):
     native = save_tiny_model("gqa_fewer_kv_heads_than_ranks", tmp_path)
