@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -14,6 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 from inference_shardformer.errors import EnvironmentMismatchError
 
 _REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LAST_PORT = 65535
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,16 @@ class RankEnvironment:
                 remedy="start the program with torchrun, which sets them all, or unset them",
             )
         rank, world_size = _number(environ, "RANK", None), _number(environ, "WORLD_SIZE", None)
+        if rank >= world_size:
+            raise EnvironmentMismatchError(
+                f"RANK={rank} and WORLD_SIZE={world_size}: ranks are counted from 0, and there are WORLD_SIZE of them",
+                remedy="start the program with torchrun, or correct the variables",
+            )
+        if (port := _number(environ, "MASTER_PORT", None)) > _LAST_PORT:
+            raise EnvironmentMismatchError(
+                f"MASTER_PORT={port} is no port: the last one is {_LAST_PORT}",
+                remedy="start the program with torchrun, or correct the variable",
+            )
         local_rank = _number(environ, "LOCAL_RANK", rank)
         return cls(rank, world_size, local_rank, _number(environ, "LOCAL_WORLD_SIZE", world_size), is_torchrun=True)
 
@@ -49,15 +61,16 @@ def ensure_process_group(device: torch.device, timeout_s: float, *, with_nccl: b
 
     Returns whether it was made here, so that whoever made it ends it. Without a launcher nothing is made.
     """
-    if dist.is_initialized() or not RankEnvironment.detect().is_torchrun:
+    if dist.is_initialized() or not (environment := RankEnvironment.detect()).is_torchrun:
         return False
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and with_nccl else "gloo"
     timeout = timedelta(seconds=timeout_s)
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    # the launcher's store outlives the group, and a later group must not read what an earlier one left in it
-    attempt = store.add(f"inference_shardformer/joined/{rank}", 1)
-    own = dist.PrefixStore(f"inference_shardformer/world/{attempt}", store)
-    dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=timeout)
+    with _meeting(environment):
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        # the launcher's store outlives the group, and a later group must not read what an earlier one left in it
+        attempt = store.add(f"inference_shardformer/joined/{rank}", 1)
+        own = dist.PrefixStore(f"inference_shardformer/world/{attempt}", store)
+        dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=timeout)
     return True
 
 
@@ -83,6 +96,21 @@ def process_group_for(tp_size: int | None, process_group: dist.ProcessGroup | No
         f"tp_size={tp_size}, but {whose} has {size} rank{'s' if size > 1 else ''}; the two must be equal",
         remedy=f"ask for tp_size={size}, start {tp_size} ranks, or give a process group of {tp_size} of the ranks",
     )
+
+
+@contextmanager
+def _meeting(environment: RankEnvironment) -> Iterator[None]:
+    """Say in our words why the ranks of the launcher did not meet."""
+    try:
+        yield
+    except RuntimeError as exc:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(exc).partition("\n")[0]
+        raise EnvironmentMismatchError(
+            f"rank {environment.rank} of {environment.world_size} did not meet the others at {where}: {reason}",
+            remedy="see whether all ranks were started, MASTER_ADDR is the host of rank 0, and MASTER_PORT is free "
+            "there; torchrun sets both",
+        ) from exc
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None) -> int:

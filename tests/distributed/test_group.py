@@ -57,11 +57,28 @@ def test_environment_is_read_from_the_launcher() -> None:
         ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK, WORLD_SIZE are set, MASTER_ADDR, MASTER_PORT are not"),
         ({**LAUNCHED, "WORLD_SIZE": "two"}, "WORLD_SIZE='two' is not a count"),
         ({**LAUNCHED, "LOCAL_RANK": "-1"}, "LOCAL_RANK='-1' is not a count"),
+        ({**LAUNCHED, "RANK": "8"}, "RANK=8 and WORLD_SIZE=8"),
+        ({**LAUNCHED, "RANK": "0", "WORLD_SIZE": "0"}, "RANK=0 and WORLD_SIZE=0"),
+        ({**LAUNCHED, "MASTER_PORT": "65536"}, "MASTER_PORT=65536 is no port"),
+        ({**LAUNCHED, "MASTER_PORT": "http"}, "MASTER_PORT='http' is not a count"),
     ],
 )
 def test_broken_environment_is_refused(environ: dict[str, str], message: str) -> None:
     with pytest.raises(EnvironmentMismatchError, match=message):
         RankEnvironment.detect(environ)
+
+
+def test_a_port_that_is_taken_and_ranks_that_never_come_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**LAUNCHED, "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
+        with pytest.raises(EnvironmentMismatchError, match=r"rank 0 of 8 did not meet the others at 127\.0\.0\.1:"):
+            ensure_process_group(CPU, 5.0)
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    with pytest.raises(EnvironmentMismatchError, match="rank 0 of 8 did not meet the others") as caught:
+        ensure_process_group(CPU, 1.0)
+    assert "\n" not in caught.value.message
 
 
 def test_without_a_launcher_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
