@@ -49,6 +49,12 @@ def add_command(commands: Commands) -> None:
     add_config_flags(parser, GENERATE_FLAGS)
     parser.add_argument("--ignore-eos", action="store_true", help="do not end at an end-of-sequence token")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    parser.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="K",
+        help="with --json: log-probabilities of the generated tokens and of the K likeliest in the place of each",
+    )
     parser.add_argument("--plan", metavar="FILE.json", help="load as this plan says, which `plan --out` wrote")
     parser.set_defaults(run=run)
 
@@ -67,6 +73,8 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
 
 def prepare(args: argparse.Namespace) -> Job:
     """The job of a command line. Raises what can be known to be wrong before a model is loaded."""
+    if args.logprobs is not None and not args.json:
+        raise UsageError(f"--logprobs {args.logprobs}: text has no place for them", remedy="add --json")
     sources = sources_of(args)
     merged = load_config(sources)
     prompts = collect_prompts(args.prompt, args.prompts_file)
@@ -95,4 +103,5 @@ def _sampling(prompt: Prompt, merged: MergedConfig, args: argparse.Namespace) ->
         seed=inference.seed if merged.origin("inference.seed").level > Level.DEFAULT else None,
         stop=tuple(args.stop),
         ignore_eos=args.ignore_eos or None,
+        logprobs=args.logprobs,
     )

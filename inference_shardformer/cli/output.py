@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from inference_shardformer.cli.report import error_object, report_error
@@ -143,10 +144,13 @@ def _num_tokens(engine: InferenceEngine, prompt: str | Sequence[int]) -> int:
 def _record(output: RequestOutput) -> dict[str, object]:
     if output.error is not None:
         return {"index": output.index, "error": error_object(output.error)}
-    return {
+    record: dict[str, object] = {
         "index": output.index,
         "prompt_token_ids": list(output.prompt_token_ids),
         "token_ids": list(output.token_ids),
         "text": output.text,
         "finish_reason": output.finish_reason,
     }
+    if output.logprobs is not None:
+        record["logprobs"] = [{**asdict(each.chosen), "top": list(map(asdict, each.top))} for each in output.logprobs]
+    return record

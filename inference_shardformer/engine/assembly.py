@@ -21,6 +21,7 @@ from inference_shardformer.engine.live_updates import LiveUpdates
 from inference_shardformer.engine.model_runner import ModelRunner
 from inference_shardformer.engine.sampler import Sampler, TensorGroup
 from inference_shardformer.engine.scheduler import Scheduler
+from inference_shardformer.engine.scorer import Scorer
 from inference_shardformer.engine.step_runner import StepRunner
 from inference_shardformer.engine.weight_stream import WeightGroup, WeightWriter
 from inference_shardformer.engine.weight_updates import WeightUpdates
@@ -78,7 +79,9 @@ def assemble(
     outbox = Outbox(defers=config.overlap == "on")
     sampler = Sampler(group, vocab_range, draw=draw, greatest=greatest)
     core = EngineCore(
-        steps=_step_runner(runner, scheduler, sampler, facts=facts, config=config, group=group),
+        steps=_step_runner(
+            runner, scheduler, sampler, Scorer(group, vocab_range), facts=facts, config=config, group=group
+        ),
         scheduler=scheduler,
         exchange=exchange,
         intake=intake,
@@ -99,6 +102,7 @@ def _step_runner(
     runner: ModelRunner,
     scheduler: Scheduler,
     sampler: Sampler,
+    scorer: Scorer,
     *,
     facts: ModelFacts,
     config: ResolvedConfig,
@@ -113,6 +117,7 @@ def _step_runner(
     return StepRunner(
         runner=runner,
         sampler=sampler,
+        scorer=scorer,
         scheduler=scheduler,
         build=build,
         device=group.device,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from inference_shardformer.engine.core import LiveRequest
+from inference_shardformer.engine.core import Advance, LiveRequest
 from inference_shardformer.engine.intake import Prompt
+from inference_shardformer.engine.logprobs import TokenLogprobs
 from inference_shardformer.engine.outputs import RequestOutput, StreamChunk, Usage
 from inference_shardformer.errors import RequestError, StateError
 
@@ -25,12 +26,21 @@ class Call:
         """Whether a request of this call is still unfinished."""
         return bool(self.request_ids)
 
-    def note(self, live: LiveRequest, token_ids: tuple[int, ...]) -> None:
+    def note(
+        self, live: LiveRequest, token_ids: tuple[int, ...] = (), logprobs: tuple[TokenLogprobs, ...] = ()
+    ) -> None:
         """Queue a chunk with what a request gained."""
         if self.is_streaming:
             request = live.request
             self.chunks.append(
-                StreamChunk(request.request_id, request.index, live.text.take(), token_ids, request.finish_reason)
+                StreamChunk(
+                    request.request_id,
+                    request.index,
+                    live.text.take(),
+                    token_ids,
+                    request.finish_reason,
+                    logprobs if request.sampling.logprobs is not None else None,
+                )
             )
 
     def close(self, output: RequestOutput) -> None:
@@ -54,7 +64,7 @@ class Outbox:
         self._calls: dict[str, Call] = {}
         self._outputs: list[RequestOutput] = []
         self._defers = defers
-        self._deferred: list[tuple[LiveRequest, int]] = []
+        self._deferred: list[Advance] = []
 
     @property
     def has_outputs(self) -> bool:
@@ -66,19 +76,19 @@ class Outbox:
         call.request_ids.add(request_id)
         self._calls[request_id] = call
 
-    def note(self, advanced: Sequence[tuple[LiveRequest, int]]) -> None:
+    def note(self, advanced: Sequence[Advance]) -> None:
         """Hand on the tokens of a step, before those of the next one are known."""
-        for live, token_id in advanced:
-            if self._defers and not live.request.is_finished:
-                self._deferred.append((live, token_id))
+        for advance in advanced:
+            if self._defers and not advance.live.request.is_finished:
+                self._deferred.append(advance)
             else:
-                self._hand_on(live, token_id)
+                self._hand_on(advance)
 
     def catch_up(self) -> None:
         """Hand on what was deferred. Idempotent."""
         deferred, self._deferred = self._deferred, []
-        for live, token_id in deferred:
-            self._hand_on(live, token_id)
+        for advance in deferred:
+            self._hand_on(advance)
 
     def deliver(self, finished: Sequence[LiveRequest]) -> None:
         """Hand on the outputs of finished requests."""
@@ -89,7 +99,7 @@ class Outbox:
                 self._outputs.append(output)
                 continue
             if output.finish_reason in ("abort", "rejected"):
-                call.note(live, ())
+                call.note(live)
             call.close(output)
 
     def take(self) -> list[RequestOutput]:
@@ -102,10 +112,11 @@ class Outbox:
         for request_id in request_ids:
             self._calls.pop(request_id, None)
 
-    def _hand_on(self, live: LiveRequest, token_id: int) -> None:
+    def _hand_on(self, advance: Advance) -> None:
+        live, token_id, logprobs = advance
         call = self._calls.get(live.request.request_id)
         if call is not None:
-            call.note(live, (token_id,))
+            call.note(live, (token_id,), () if logprobs is None else (logprobs,))
 
 
 def output_of(live: LiveRequest) -> RequestOutput:
@@ -132,6 +143,7 @@ def output_of(live: LiveRequest) -> RequestOutput:
         ),
         error=request.error,
         config_epoch=request.config_epoch,
+        logprobs=None if request.sampling.logprobs is None else tuple(request.logprobs),
     )
 
 

@@ -21,11 +21,12 @@ from inference_shardformer.engine.events import (
 )
 from inference_shardformer.engine.intake import Intake
 from inference_shardformer.engine.live_updates import LiveUpdates
+from inference_shardformer.engine.logprobs import TokenLogprobs
 from inference_shardformer.engine.outputs import StepStats
 from inference_shardformer.engine.request import FinishReason, Request
 from inference_shardformer.engine.sampler import NOT_FINITE, NOTHING_LEFT
 from inference_shardformer.engine.scheduler import Scheduler, SchedulerOutput
-from inference_shardformer.engine.step_runner import StepRunner
+from inference_shardformer.engine.step_runner import Sampled, StepRunner
 from inference_shardformer.engine.weight_updates import WeightUpdates
 from inference_shardformer.errors import RequestError
 
@@ -47,10 +48,18 @@ class LiveRequest(NamedTuple):
     text: RequestText
 
 
+class Advance(NamedTuple):
+    """A request and the token it got, with log-probabilities where they were asked for."""
+
+    live: LiveRequest
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
 class StepResult(NamedTuple):
     """The requests that got a token, with it; the facts of the step."""
 
-    advanced: list[tuple[LiveRequest, int]]
+    advanced: list[Advance]
     stats: StepStats
 
 
@@ -176,21 +185,21 @@ class EngineCore:
             request.error = refusal
             self._end(live, "rejected")
 
-    def _run(self, output: SchedulerOutput, limits: SchedulerConfig) -> list[tuple[LiveRequest, int]]:
+    def _run(self, output: SchedulerOutput, limits: SchedulerConfig) -> list[Advance]:
         with self._guard.step("prefill" if len(output.scheduled) > output.num_decodes else "decode"):
-            sampled = self.steps.run(output, limits, self._meanwhile)
-            return self._update(sampled.requests, sampled.token_ids)
+            return self._update(self.steps.run(output, limits, self._meanwhile))
 
-    def _update(self, requests: list[Request], token_ids: list[int]) -> list[tuple[LiveRequest, int]]:
+    def _update(self, sampled: Sampled) -> list[Advance]:
         advanced = []
-        for request, token_id in zip(requests, token_ids, strict=True):
+        for request, token_id in zip(sampled.requests, sampled.token_ids, strict=True):
             live = self.live[request.request_id]
             if token_id in (NOT_FINITE, NOTHING_LEFT):
                 request.error = _no_token(request, token_id)
                 self._end(live, "abort")
                 continue
-            request.append(token_id)
-            advanced.append((live, token_id))
+            logprobs = sampled.logprobs.get(request)
+            request.append(token_id, logprobs)
+            advanced.append(Advance(live, token_id, logprobs))
             self._end_if_complete(live, token_id)
         return advanced
 

@@ -135,6 +135,8 @@ class Intake:
         foreign = [token_id for token_id in sampling.stop_token_ids if token_id >= self._vocab_size]
         if foreign:
             problems.append((f"stop_token_ids={foreign} are not in the vocabulary", valid))
+        if sampling.logprobs is not None and sampling.logprobs > self._vocab_size:
+            problems.append((f"logprobs={sampling.logprobs} are more tokens than there are", valid))
         return problems
 
     def _stop_problems(self, sampling: ResolvedSampling) -> list[Problem]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from inference_shardformer.engine.logprobs import TokenLogprobs
 from inference_shardformer.engine.request import FinishReason
 from inference_shardformer.errors import RequestError
 
@@ -26,7 +27,7 @@ class RequestOutput:
     a stop text), "length", "abort" or "rejected"; `stop_reason` is the stop id or text that was met. `token_ids` are
     the generated ones, the ending one included; `text` ends before a stop text. `error` says why a request was
     rejected, or why it could not go on. `config_epoch` is the epoch of the configuration whose sampling defaults hold
-    for it from its first to its last token.
+    for it from its first to its last token. `logprobs` belong to `token_ids` one by one; None where nobody asked.
     """
 
     request_id: str
@@ -40,13 +41,15 @@ class RequestOutput:
     usage: Usage = Usage()
     error: RequestError | None = None
     config_epoch: int = 0
+    logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclass(frozen=True)
 class StreamChunk:
     """What one step added to one request. `text` holds whole characters only, so it may lag behind `token_ids`.
 
-    Put together, the chunks of a request are its output. The last one carries the `finish_reason`.
+    Put together, the chunks of a request are its output. The last one carries the `finish_reason`. `logprobs` belong to
+    `token_ids`; None where nobody asked.
     """
 
     request_id: str
@@ -54,6 +57,7 @@ class StreamChunk:
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Literal
 
+from inference_shardformer.engine.logprobs import TokenLogprobs
 from inference_shardformer.engine.sampling_params import ResolvedSampling
 from inference_shardformer.errors import RequestError
 
@@ -27,7 +28,8 @@ class Request:
     token_ids      prompt ............... | output ......
     num_computed_tokens  ^ keys and values up to here are in the cache
 
-    `config_epoch` is that of the configuration it was admitted with, whose defaults are in `sampling`.
+    `config_epoch` is that of the configuration it was admitted with, whose defaults are in `sampling`. `logprobs` has
+    an entry for each output token where they were asked for, else it stays empty.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Request:
         self.error: RequestError | None = None
         self.num_preemptions = 0
         self.num_recomputed_tokens = 0
+        self.logprobs: list[TokenLogprobs] = []
 
     @property
     def num_tokens(self) -> int:
@@ -99,9 +102,11 @@ class Request:
         num_prompt = max(0, min(end, self.num_prompt_tokens) - start)
         return [self.num_prompt_tokens] * num_prompt + list(range(start + num_prompt + 1, end + 1))
 
-    def append(self, token_id: int) -> None:
+    def append(self, token_id: int, logprobs: TokenLogprobs | None = None) -> None:
         """Add a generated token. The one that crosses `rope_switch_length` lets all be computed again, in place."""
         self.token_ids.append(token_id)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
         if self.num_tokens - 1 == self.rope_switch_length:
             self._compute_again()
 

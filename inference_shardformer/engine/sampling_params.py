@@ -14,9 +14,11 @@ from inference_shardformer.errors import RequestError
 
 Value = TypeVar("Value")
 
+MAX_LOGPROBS = 128
+
 _BEYOND = 2**63  # no number, length or token id is as large as this
 _LONGEST_SHOWN = 256  # bits
-_INTEGERS = ("max_new_tokens", "top_k", "no_repeat_ngram_size", "seed")
+_INTEGERS = ("max_new_tokens", "top_k", "no_repeat_ngram_size", "seed", "logprobs")
 _NUMBERS = ("temperature", "top_p", "repetition_penalty")
 
 
@@ -35,6 +37,7 @@ class ResolvedSampling:
     stop_token_ids: tuple[int, ...]
     ignore_eos: bool
     skip_special_tokens: bool
+    logprobs: int | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -58,6 +61,10 @@ class SamplingParams:
     sequence of n tokens occur twice in them; both as Hugging Face does it, before the temperature, greedy or not.
     Generation ends at an end-of-sequence token unless `ignore_eos`, at one of `stop_token_ids` (both stay in the
     token ids), at one of the texts in `stop` (the text ends before it), or after `max_new_tokens`.
+    `logprobs` k brings the log-probability of each generated token and the k likeliest tokens in its place with theirs,
+    k up to `MAX_LOGPROBS`; 0 brings the generated ones alone, `None` nothing. They are the model's own: the log-softmax
+    in float32 of its logits before temperature, penalties and all else that this changes, so that they mean the same
+    whatever the sampling, and can be compared between requests and with other programs.
     Raises `RequestError` that lists every invalid value.
     """
 
@@ -72,6 +79,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool | None = None
     skip_special_tokens: bool = True
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         violations = [violation for violation in self._violations() if violation]
@@ -101,6 +109,7 @@ class SamplingParams:
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=_given(self.ignore_eos, defaults.ignore_eos),
             skip_special_tokens=self.skip_special_tokens,
+            logprobs=self.logprobs,
         )
 
     def _violations(self) -> list[str | None]:
@@ -116,6 +125,7 @@ class SamplingParams:
             _stop_token_ids(self.stop_token_ids),
             None if self.ignore_eos is None else _flag("ignore_eos", self.ignore_eos),
             _flag("skip_special_tokens", self.skip_special_tokens),
+            _integer("logprobs", self.logprobs, low=0, below=MAX_LOGPROBS + 1),
         ]
 
 

@@ -23,7 +23,7 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 class OnItsWay:
-    """Integers `[n]` on their way to the host: what is done before `wait()` is done while the device computes them.
+    """Numbers on their way to the host: what is done before they are waited for is done while the device computes them.
 
     What the stream is given after this is not waited for.
     """
@@ -40,7 +40,14 @@ class OnItsWay:
             self._is_here.record(torch.cuda.current_stream(t.device))
 
     def wait(self) -> list[int]:
-        """The integers. Raises `StateError` once the ranks have failed."""
+        """The integers of `[n]`. Raises `StateError` once the ranks have failed."""
+        return self._arrived().tolist()
+
+    def wait_for_rows(self) -> list[list[float]]:
+        """The numbers of `[n, m]`, in the same way."""
+        return self._arrived().tolist()
+
+    def _arrived(self) -> torch.Tensor:
         while self._is_here is not None and not self._is_here.query():
             if self._is_given_up():
                 raise StateError(
@@ -48,4 +55,4 @@ class OnItsWay:
                     remedy="end this process: its device may wait for ever for a rank that is gone",
                 )
             time.sleep(0)  # others may run
-        return self._host.tolist()
+        return self._host

@@ -10,18 +10,21 @@ import torch
 from inference_shardformer.config.inference import SchedulerConfig
 from inference_shardformer.engine.ahead import Ahead
 from inference_shardformer.engine.batch import BatchBuilder
+from inference_shardformer.engine.logprobs import TokenLogprobs, unpacked
 from inference_shardformer.engine.model_runner import ModelRunner
 from inference_shardformer.engine.request import Request
 from inference_shardformer.engine.sampler import Sampler
 from inference_shardformer.engine.scheduler import Scheduler, SchedulerOutput
-from inference_shardformer.engine.staging import OnItsWay, on_device
+from inference_shardformer.engine.scorer import Scorer
+from inference_shardformer.engine.staging import OnItsWay, on_device, staged
 
 
 class Sampled(NamedTuple):
-    """The requests that were sampled in a step, and the token or the code of each."""
+    """The requests that were sampled in a step, the token or the code of each, and `logprobs` where they are wanted."""
 
     requests: list[Request]
     token_ids: list[int]
+    logprobs: dict[Request, TokenLogprobs]
 
 
 class StepRunner:
@@ -32,6 +35,7 @@ class StepRunner:
         *,
         runner: ModelRunner,
         sampler: Sampler,
+        scorer: Scorer,
         scheduler: Scheduler,
         build: BatchBuilder,
         device: torch.device,
@@ -41,6 +45,7 @@ class StepRunner:
         """`is_given_up` says that the ranks have failed, and the device need not be waited for."""
         self._runner = runner
         self._sampler = sampler
+        self._scorer = scorer
         self._build = build
         self._device = device
         self._is_given_up = is_given_up
@@ -53,12 +58,28 @@ class StepRunner:
 
     def _run(self, output: SchedulerOutput, limits: SchedulerConfig, meanwhile: Callable[[], None]) -> Sampled:
         batch = (self.ahead and self.ahead.take(output)) or self._build(output)
+        requests = batch.requests_to_sample
         logits, greatest = self._runner.run(batch)
-        token_ids = self._sampler.sample_on_device(logits, batch.requests_to_sample, greatest)
+        token_ids = self._sampler.sample_on_device(logits, requests, greatest)
         on_its_way = OnItsWay(token_ids, self._is_given_up)
+        wanted = [row for row, request in enumerate(requests) if request.sampling.logprobs is not None]
+        scores = self._scores(logits, requests, wanted, token_ids) if wanted else None
         for request, num_new_tokens in output.scheduled:
             request.num_computed_tokens += num_new_tokens
         if self.ahead is not None:
             self.ahead.prepare(batch, token_ids, limits)
         meanwhile()
-        return Sampled(batch.requests_to_sample, on_its_way.wait())
+        sampled = Sampled(requests, on_its_way.wait(), {})
+        if scores is not None:
+            for row, score in zip(wanted, scores.wait_for_rows(), strict=True):
+                num_top = requests[row].sampling.logprobs or 0
+                sampled.logprobs[requests[row]] = unpacked(score, sampled.token_ids[row], num_top)
+        return sampled
+
+    def _scores(
+        self, logits: torch.Tensor, requests: list[Request], rows: list[int], token_ids: torch.Tensor
+    ) -> OnItsWay:
+        """Log-probabilities of the tokens of these rows, as many as one of them wants, on their way."""
+        num_top = max(requests[row].sampling.logprobs or 0 for row in rows)
+        chosen = token_ids[staged(rows, torch.int64, token_ids.device)]
+        return OnItsWay(self._scorer.score_on_device(logits, rows, chosen, num_top), self._is_given_up)

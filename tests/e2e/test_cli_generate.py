@@ -87,6 +87,21 @@ def test_two_ranks_give_the_tokens_of_hugging_face(checkpoint):
         assert done.stderr.count(words) == 1, done.stderr
 
 
+def test_log_probabilities_are_printed_where_they_are_asked_for(checkpoint, capsys):
+    words = ["generate", "--model", str(checkpoint.folder), "--prompt", "a", "--max-new-tokens", "3"]
+    assert main([*words, "--json", "--logprobs", "2"]) == 0
+    [record] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [each["token_id"] for each in record["logprobs"]] == record["token_ids"] == checkpoint.expected[1][:3]
+    for each in record["logprobs"]:
+        assert each["rank"] == 1
+        assert each["top"][0] == {name: each[name] for name in ("token_id", "logprob", "rank")}
+        assert [likely["rank"] for likely in each["top"]] == [1, 2]
+    assert main([*words, "--logprobs", "2"]) == 2
+    assert "add --json" in capsys.readouterr().err
+    assert main([*words, "--json", "--logprobs", "200"]) == 2
+    assert "below 129" in capsys.readouterr().err
+
+
 def test_refused_requests_leave_the_others_alone(checkpoint):
     bad = [{"prompt_token_ids": [160]}, {"prompt_token_ids": [1] * 300}]
     options = [*prompt_options(checkpoint, *bad), "--prompt", ""]

@@ -73,3 +73,8 @@ def test_the_watch_sees_what_it_should(monkeypatch) -> None:
             bool(rows[0])
     assert {"tolist", "__bool__", "index by a mask"} <= set(watch.found)
     assert any("unique" in each for each in watch.found)
+
+
+def test_log_probabilities_come_with_the_ids(engine, monkeypatch) -> None:
+    params = [SamplingParams(max_new_tokens=3, ignore_eos=True, logprobs=num) for num in (None, 0, 4)]
+    assert _watched_steps(engine, monkeypatch, params) == [["tolist", "tolist"]] * 3
