@@ -77,7 +77,7 @@ def assemble(
         blocks_in_use=lambda: scheduler.blocks_in_use,
     )
     outbox = Outbox(defers=config.overlap == "on")
-    sampler = Sampler(group, vocab_range, draw=draw, greatest=greatest)
+    sampler = Sampler(group, vocab_range, draw=draw, greatest=greatest, eos_token_ids=facts.eos_token_ids)
     core = EngineCore(
         steps=_step_runner(
             runner, scheduler, sampler, Scorer(group, vocab_range), facts=facts, config=config, group=group

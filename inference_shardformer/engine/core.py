@@ -28,6 +28,7 @@ from inference_shardformer.engine.sampler import NOT_FINITE, NOTHING_LEFT
 from inference_shardformer.engine.scheduler import Scheduler, SchedulerOutput
 from inference_shardformer.engine.step_runner import Sampled, StepRunner
 from inference_shardformer.engine.weight_updates import WeightUpdates
+from inference_shardformer.engine.wishes import may_not_end
 from inference_shardformer.errors import RequestError
 
 
@@ -242,8 +243,11 @@ def _no_token(request: Request, code: int) -> RequestError:
             f"request {request.request_id!r}: the model's logits after {request.num_tokens} tokens are not finite",
             remedy="use dtype bf16 or fp32, and check that the checkpoint holds no NaN",
         )
-    size = request.sampling.no_repeat_ngram_size
+    size, least = request.sampling.no_repeat_ngram_size, request.sampling.min_new_tokens
+    rule = f"no_repeat_ngram_size={size} forbids" if size else f"min_new_tokens={least} forbids"
+    if size and may_not_end(request):
+        rule = f"no_repeat_ngram_size={size} and min_new_tokens={least} forbid"
     return RequestError(
-        f"request {request.request_id!r}: no_repeat_ngram_size={size} forbids every token after {request.num_tokens}",
-        remedy="raise no_repeat_ngram_size, or lower max_new_tokens",
+        f"request {request.request_id!r}: {rule} every token after {request.num_tokens}",
+        remedy="raise no_repeat_ngram_size, or lower max_new_tokens" if size else "lower min_new_tokens",
     )

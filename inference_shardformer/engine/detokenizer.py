@@ -86,7 +86,8 @@ class Detokenizer:
 class RequestText:
     """The text of one request: decoded when somebody asks, cut before a stop text. Empty without a tokenizer.
 
-    `token_ids` is the request's own growing list; its output begins at `start`.
+    `token_ids` is the request's own growing list; its output begins at `start`. Stop texts are looked for in what comes
+    after the first `min_new_tokens`.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class RequestText:
     ) -> None:
         self._token_ids = token_ids
         self._start = self._end = start
+        self._first_searched = start + sampling.min_new_tokens
         self._detokenizer = (
             None if tokenizer is None else Detokenizer(tokenizer, skip_special_tokens=sampling.skip_special_tokens)
         )
@@ -110,7 +112,9 @@ class RequestText:
     def advance(self) -> str | None:
         """Decode the tokens that came since; the stop text, once it was met."""
         while self._detokenizer is not None and self._end < len(self._token_ids) and self._stop.matched is None:
-            self._show(self._detokenizer.push(self._token_ids[self._end]))
+            self._show(
+                self._detokenizer.push(self._token_ids[self._end]), is_searched=self._end >= self._first_searched
+            )
             self._end += 1
         return self._stop.matched
 
@@ -122,7 +126,8 @@ class RequestText:
             self.advance()
         whole = self._detokenizer.decode(self._token_ids[self._start :])
         is_whole = whole.startswith(self._decoded)
-        self._show(whole[len(self._decoded) :] if is_whole else self._detokenizer.flush(), is_last=True)
+        rest = whole[len(self._decoded) :] if is_whole else self._detokenizer.flush()
+        self._show(rest, is_searched=self._end > self._first_searched, is_last=True)
         self._end = len(self._token_ids)
 
     def take(self) -> str:
@@ -132,6 +137,6 @@ class RequestText:
         self._num_taken = len(self._text)
         return taken
 
-    def _show(self, piece: str, *, is_last: bool = False) -> None:
+    def _show(self, piece: str, *, is_searched: bool, is_last: bool = False) -> None:
         self._decoded += piece
-        self._text += self._stop.push(piece, is_last=is_last)
+        self._text += self._stop.push(piece, is_last=is_last) if is_searched else piece

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -36,6 +37,18 @@ def probabilities(
     _drop_beyond_top_k(scores, top_ks)
     _drop_beyond_top_p(scores, top_ps)
     return scores.softmax(dim=-1)
+
+
+def drop_unlikely(logits: torch.Tensor, temperatures: Sequence[float], min_ps: Sequence[float]) -> None:
+    """Leave no logit, in place, to tokens that are less likely than `min_p` times the likeliest one of their row."""
+    rows = [row for row, min_p in enumerate(min_ps) if min_p > 0.0]
+    if not rows:
+        return
+    places = staged(rows, torch.int64, logits.device)
+    chosen = logits[places]
+    margins = staged([temperatures[row] * math.log(min_ps[row]) for row in rows], logits.dtype, logits.device)
+    dropped = chosen - chosen.amax(dim=-1, keepdim=True) < margins.unsqueeze(-1)
+    logits[places] = chosen.masked_fill(dropped, -torch.inf)
 
 
 def draw(probs: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:

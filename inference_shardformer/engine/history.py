@@ -1,4 +1,4 @@
-"""What the tokens so far do to the logits of the next one: repetition penalty and forbidden n-grams."""
+"""What the tokens so far do to the logits of the next one: penalties and forbidden n-grams."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from inference_shardformer.engine.staging import staged
 def look_back(logits: torch.Tensor, requests: Sequence[Request]) -> None:
     """Change `logits` `[num_rows, vocab_size]` in place, each row by the prompt and the output of its request.
 
-    As in Hugging Face: the penalty first, then the n-grams. A row depends on its own request alone.
+    As in Hugging Face: the repetition penalty first, the n-grams last. A row depends on its own request alone.
     """
     for row, request in zip(logits, requests, strict=True):
         sampling = request.sampling
         if sampling.repetition_penalty != 1.0:
             _penalise(row, request.token_ids, sampling.repetition_penalty)
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            _take_from_met(row, request.output_token_ids, sampling.presence_penalty, sampling.frequency_penalty)
         if sampling.no_repeat_ngram_size:
             banned = completing_tokens(request.token_ids, sampling.no_repeat_ngram_size).tolist()
             row[staged(banned, torch.int64, row.device)] = -torch.inf
@@ -43,3 +45,9 @@ def _penalise(row: torch.Tensor, token_ids: Sequence[int], penalty: float) -> No
     numbers = torch.finfo(row.dtype)
     penalty = min(max(penalty, numbers.tiny), numbers.max)
     row[seen] = torch.where(scores < 0, scores * penalty, scores / penalty).clamp_(numbers.min, numbers.max)
+
+
+def _take_from_met(row: torch.Tensor, token_ids: Sequence[int], presence: float, frequency: float) -> None:
+    met, counts = np.unique(np.asarray(token_ids, dtype=np.int64), return_counts=True)
+    penalties = presence + frequency * counts
+    row[staged(met.tolist(), torch.int64, row.device)] -= staged(penalties.tolist(), row.dtype, row.device)

@@ -98,7 +98,11 @@ class Intake:
         if params.max_new_tokens is None:
             room = max(1, limit - num_prompt_tokens)
             sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-        return sampling, self._length_problems(num_prompt_tokens, sampling.max_new_tokens, limit)
+        problems = self._length_problems(num_prompt_tokens, sampling.max_new_tokens, limit)
+        if sampling.min_new_tokens > sampling.max_new_tokens:
+            problem = f"min_new_tokens={sampling.min_new_tokens} exceeds max_new_tokens={sampling.max_new_tokens}"
+            problems.append((problem, f"lower min_new_tokens to at most {sampling.max_new_tokens}"))
+        return sampling, problems
 
     def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
@@ -132,9 +136,10 @@ class Intake:
             problems.append(
                 (f"token id {shown(token_ids[position])} at position {position} is not in the vocabulary", valid)
             )
-        foreign = [token_id for token_id in sampling.stop_token_ids if token_id >= self._vocab_size]
-        if foreign:
-            problems.append((f"stop_token_ids={foreign} are not in the vocabulary", valid))
+        named = {"stop_token_ids": sampling.stop_token_ids, "logit_bias": [each for each, _ in sampling.logit_bias]}
+        for name, ids in named.items():
+            if foreign := [token_id for token_id in ids if token_id >= self._vocab_size]:
+                problems.append((f"{name}={foreign} are not in the vocabulary", valid))
         if sampling.logprobs is not None and sampling.logprobs > self._vocab_size:
             problems.append((f"logprobs={sampling.logprobs} are more tokens than there are", valid))
         return problems

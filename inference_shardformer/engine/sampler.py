@@ -8,10 +8,11 @@ from typing import Protocol
 import torch
 
 from inference_shardformer.compute.sampling import Draw, Greatest
-from inference_shardformer.engine.distribution import drawn, uniform
+from inference_shardformer.engine.distribution import drawn, drop_unlikely, uniform
 from inference_shardformer.engine.history import look_back
 from inference_shardformer.engine.request import Request
 from inference_shardformer.engine.staging import staged
+from inference_shardformer.engine.wishes import add_bias, forbid_early_end, may_not_end
 
 NOT_FINITE = -1
 NOTHING_LEFT = -2
@@ -36,8 +37,8 @@ class Sampler:
     """Chooses tokens; the same on every rank, for any number of ranks.
 
     This rank's logits are the columns `vocab_range` of the vocabulary, followed by padding that is never chosen.
-    Greedy rows exchange one (value, index) pair; rows that draw, or that look back at their tokens, exchange their
-    logits, and rank 0 chooses. What is given as `draw` and `greatest` does the work, else torch.
+    Greedy rows exchange one (value, index) pair; rows that draw, or whose request changes their logits, exchange them,
+    and rank 0 chooses. What is given as `draw` and `greatest` does the work, else torch.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class Sampler:
         *,
         draw: Draw | None = None,
         greatest: Greatest | None = None,
+        eos_token_ids: Sequence[int] = (),
     ) -> None:
         self._group = group
+        self._eos_token_ids = eos_token_ids
         self._draw = draw or drawn
         self._greatest = greatest or _greatest
         self._start, self._end = vocab_range
@@ -68,9 +71,9 @@ class Sampler:
         """A token id for each row of `logits` `[num_rows, local_vocab]`, int64 `[num_rows]`. Waits for nothing.
 
         `NOT_FINITE` where logits are NaN or inf, `NOTHING_LEFT` where the tokens so far ban all others. Rows belong to
-        `requests` in order. One exchange between the ranks where all rows are greedy and none looks back. `greatest`:
-        value and place of each row's greatest logit among this rank's columns, where they are known; the place is
-        `NOT_FINITE` where the value is not finite.
+        `requests` in order. One exchange between the ranks where all rows are greedy and no request changes its own.
+        `greatest`: value and place of each row's greatest logit among this rank's columns, where they are known; the
+        place is `NOT_FINITE` where the value is not finite.
         """
         if all(map(_needs_no_logits_of_others, requests)):
             return (
@@ -116,7 +119,9 @@ class Sampler:
         token_ids = torch.empty(len(requests), dtype=torch.int64, device=logits.device)
         if self._group.rank == 0:
             is_finite = whole.amax(dim=-1).isfinite()
+            add_bias(whole, requests)
             look_back(whole, requests)
+            forbid_early_end(whole, requests, self._eos_token_ids)
             greedy = [row for row, request in enumerate(requests) if request.sampling.is_greedy]
             others = [row for row, request in enumerate(requests) if not request.sampling.is_greedy]
             if greedy:
@@ -132,9 +137,11 @@ class Sampler:
     def _drawn(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
         """Tokens of rows that are no greedy ones, by numbers that only depend on the request."""
         samplings = [request.sampling for request in requests]
+        temperatures = [max(sampling.temperature, _LEAST) for sampling in samplings]
+        drop_unlikely(logits, temperatures, [sampling.min_p for sampling in samplings])
         return self._draw(
             logits,
-            temperatures=[max(sampling.temperature, _LEAST) for sampling in samplings],
+            temperatures=temperatures,
             top_ks=[sampling.top_k for sampling in samplings],
             top_ps=[sampling.top_p for sampling in samplings],
             uniforms=[uniform(request.sampling.seed, request.num_output_tokens) for request in requests],
@@ -150,7 +157,9 @@ class Sampler:
 
 
 def _needs_no_logits_of_others(request: Request) -> bool:
-    return request.sampling.is_greedy and not request.sampling.looks_back
+    sampling = request.sampling
+    changes_logits = sampling.looks_back or bool(sampling.logit_bias) or may_not_end(request)
+    return sampling.is_greedy and not changes_logits
 
 
 def _greatest(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

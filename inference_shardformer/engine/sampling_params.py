@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -13,13 +13,15 @@ from inference_shardformer.config.inference import SamplingDefaults
 from inference_shardformer.errors import RequestError
 
 Value = TypeVar("Value")
+Bias = Mapping[int, float] | Sequence[tuple[int, float]]
+"""A number for some token ids."""
 
 MAX_LOGPROBS = 128
 
 _BEYOND = 2**63  # no number, length or token id is as large as this
 _LONGEST_SHOWN = 256  # bits
-_INTEGERS = ("max_new_tokens", "top_k", "no_repeat_ngram_size", "seed", "logprobs")
-_NUMBERS = ("temperature", "top_p", "repetition_penalty")
+_INTEGERS = ("max_new_tokens", "min_new_tokens", "top_k", "no_repeat_ngram_size", "seed", "logprobs")
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class ResolvedSampling:
     ignore_eos: bool
     skip_special_tokens: bool
     logprobs: int | None = None
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_new_tokens: int = 0
 
     @property
     def is_greedy(self) -> bool:
@@ -47,7 +54,12 @@ class ResolvedSampling:
     @property
     def looks_back(self) -> bool:
         """Whether the tokens so far change the logits of the next one."""
-        return self.repetition_penalty != 1.0 or self.no_repeat_ngram_size > 0
+        return (
+            self.repetition_penalty != 1.0
+            or self.no_repeat_ngram_size > 0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
 
 
 @dataclass(frozen=True)
@@ -59,8 +71,13 @@ class SamplingParams:
     request without a seed gets one from the engine's seed and its number, so that equal prompts draw differently.
     `repetition_penalty` above 1 makes tokens of the prompt and the output less likely, `no_repeat_ngram_size` n lets no
     sequence of n tokens occur twice in them; both as Hugging Face does it, before the temperature, greedy or not.
+    `presence_penalty` is taken once from the logit of every token of the output, `frequency_penalty` as often as it
+    occurs there, each from -2 to 2; `logit_bias` adds a number from -100 to 100 to the logits of tokens by their ids,
+    before all penalties. These three as OpenAI has them. `min_p` keeps the tokens that have at least this share of the
+    likeliest one's probability, before `top_k` and `top_p`.
     Generation ends at an end-of-sequence token unless `ignore_eos`, at one of `stop_token_ids` (both stay in the
-    token ids), at one of the texts in `stop` (the text ends before it), or after `max_new_tokens`.
+    token ids), at one of the texts in `stop` (the text ends before it), or after `max_new_tokens`. Of the first
+    `min_new_tokens` none is one that would end it, and no stop text is looked for in them.
     `logprobs` k brings the log-probability of each generated token and the k likeliest tokens in its place with theirs,
     k up to `MAX_LOGPROBS`; 0 brings the generated ones alone, `None` nothing. They are the model's own: the log-softmax
     in float32 of its logits before temperature, penalties and all else that this changes, so that they mean the same
@@ -80,6 +97,11 @@ class SamplingParams:
     ignore_eos: bool | None = None
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Bias = ()
+    min_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
         violations = [violation for violation in self._violations() if violation]
@@ -90,6 +112,8 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(int(token_id) for token_id in self.stop_token_ids))
+        bias = tuple(sorted((int(token_id), float(number)) for token_id, number in _pairs(self.logit_bias)))
+        object.__setattr__(self, "logit_bias", bias)
         for names, kind in ((_INTEGERS, int), (_NUMBERS, float)):  # plain numbers: they are sent to other ranks
             for name in names:
                 value = getattr(self, name)
@@ -110,6 +134,11 @@ class SamplingParams:
             ignore_eos=_given(self.ignore_eos, defaults.ignore_eos),
             skip_special_tokens=self.skip_special_tokens,
             logprobs=self.logprobs,
+            min_p=_given(self.min_p, 0.0),
+            presence_penalty=_given(self.presence_penalty, 0.0),
+            frequency_penalty=_given(self.frequency_penalty, 0.0),
+            logit_bias=tuple(_pairs(self.logit_bias)),
+            min_new_tokens=_given(self.min_new_tokens, 0),
         )
 
     def _violations(self) -> list[str | None]:
@@ -126,6 +155,13 @@ class SamplingParams:
             None if self.ignore_eos is None else _flag("ignore_eos", self.ignore_eos),
             _flag("skip_special_tokens", self.skip_special_tokens),
             _integer("logprobs", self.logprobs, low=0, below=MAX_LOGPROBS + 1),
+            _number("min_p", self.min_p, "a number from 0 to 1", lambda value: 0 <= value <= 1),
+            _number("presence_penalty", self.presence_penalty, "a number from -2 to 2", lambda value: abs(value) <= 2),
+            _number(
+                "frequency_penalty", self.frequency_penalty, "a number from -2 to 2", lambda value: abs(value) <= 2
+            ),
+            _logit_bias(self.logit_bias),
+            _integer("min_new_tokens", self.min_new_tokens, low=0),
         ]
 
 
@@ -133,10 +169,10 @@ def _given(value: Value | None, default: Value) -> Value:
     return default if value is None else value
 
 
-def _integer(name: str, value: object, *, low: int) -> str | None:
-    if value is None or (_is_integer(value) and low <= value < _BEYOND):
+def _integer(name: str, value: object, *, low: int, below: int = _BEYOND) -> str | None:
+    if value is None or (_is_integer(value) and low <= value < below):
         return None
-    return f"{name}={shown(value)} must be an integer, at least {low}, below {_BEYOND}"
+    return f"{name}={shown(value)} must be an integer, at least {low}, below {below}"
 
 
 def shown(value: object) -> str:
@@ -168,6 +204,24 @@ def _stop_token_ids(value: object) -> str | None:
     if token_ids is value and all(_is_integer(token_id) and 0 <= token_id < _BEYOND for token_id in token_ids):
         return None
     return f"stop_token_ids={shown(value)} must be a sequence of integers, each at least 0"
+
+
+def _logit_bias(value: Bias) -> str | None:
+    if isinstance(value, Mapping | Sequence) and not isinstance(value, str):
+        pairs = _pairs(value)
+        are_pairs = all(isinstance(pair, Sequence) and len(pair) == 2 and _is_bias(*pair) for pair in pairs)
+        if are_pairs and len({token_id for token_id, _ in pairs}) == len(pairs):
+            return None
+    return f"logit_bias={shown(value)} must be numbers from -100 to 100 for token ids, each at least 0 and there once"
+
+
+def _pairs(bias: Bias) -> Sequence[tuple[int, float]]:
+    return list(bias.items()) if isinstance(bias, Mapping) else bias
+
+
+def _is_bias(token_id: object, number: object) -> bool:
+    is_in_range = number is not None and _number("", number, "", lambda value: abs(value) <= 100) is None
+    return is_in_range and _is_integer(token_id) and 0 <= token_id < _BEYOND
 
 
 def _flag(name: str, value: object) -> str | None:

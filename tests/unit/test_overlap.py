@@ -39,6 +39,9 @@ def _params(rng: random.Random) -> SamplingParams:
         stop_token_ids=rng.choice([(), (101, 102)]),
         ignore_eos=rng.random() < 0.5,
         repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
+        logprobs=rng.choice([None, None, 0, 3]),
+        presence_penalty=rng.choice([0.0, 0.0, 1.0]),
+        min_new_tokens=rng.choice([0, 1]),
     )
 
 

@@ -51,6 +51,26 @@ from inference_shardformer.errors import RequestError
         ("stop_token_ids", 7),
         ("stop_token_ids", "7"),
         ("stop_token_ids", b"7"),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("min_p", "0.1"),
+        ("presence_penalty", 2.1),
+        ("presence_penalty", True),
+        ("frequency_penalty", -2.1),
+        ("frequency_penalty", math.nan),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {1: 101.0}),
+        ("logit_bias", {1: math.nan}),
+        ("logit_bias", {1: None}),
+        ("logit_bias", {"1": 1.0}),
+        ("logit_bias", [(1, 2.0), (1, 3.0)]),
+        ("logit_bias", [(1,)]),
+        ("logit_bias", [7]),
+        ("logit_bias", "12"),
+        ("logit_bias", 3),
+        ("logit_bias", None),
+        ("min_new_tokens", -1),
+        ("min_new_tokens", 1.0),
         ("ignore_eos", 1),
         ("skip_special_tokens", None),
     ],
@@ -99,4 +119,7 @@ def test_sequences_and_numpy_scalars_are_normalised() -> None:
     assert type(resolved.stop_token_ids[0]) is int
     assert type(resolved.top_k) is int
     assert type(resolved.temperature) is float
+    biased = SamplingParams(logit_bias={np.int64(7): 1, 3: np.float32(-2)})
+    assert biased.logit_bias == ((3, -2.0), (7, 1.0))
+    assert biased == SamplingParams(logit_bias=[[7, 1.0], [3, -2.0]])  # as it comes from another rank
     assert hash(params) == hash(SamplingParams(stop=["end"], stop_token_ids=(3,), top_k=4, temperature=0.5))

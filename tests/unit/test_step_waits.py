@@ -16,6 +16,10 @@ SAMPLING = {
     "top_p": {"temperature": 0.8, "top_p": 0.7, "seed": 1},
     "penalty": {"repetition_penalty": 1.3},
     "ngrams": {"no_repeat_ngram_size": 2},
+    "presence": {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+    "bias": {"logit_bias": {3: 1.0}},
+    "min_p": {"temperature": 0.8, "min_p": 0.1, "seed": 1},
+    "min_new_tokens": {"min_new_tokens": 3, "stop_token_ids": (4,)},
 }
 
 
