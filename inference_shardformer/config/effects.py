@@ -107,6 +107,9 @@ def _in_capacity(value: Callable[[str], object], max_model_len: int, block_size:
         why = f"scheduler.max_num_batched_tokens is {tokens}, and every running sequence takes one token of a step"
         remedy = f"use at most {tokens}, or raise max_num_batched_tokens"
         yield _Idle(f"{SCHEDULER}.max_num_seqs", f"{SCHEDULER}.max_num_batched_tokens", why, remedy)
+    if value(f"{SCHEDULER}.speculation") == "off":
+        why = "scheduler.speculation is off, so nothing is guessed"
+        yield _Idle(f"{SCHEDULER}.max_draft_tokens", f"{SCHEDULER}.speculation", why, "set it to prompt_lookup")
     num_blocks = value(f"{CACHE}.num_blocks")
     if not isinstance(num_blocks, int):
         return

@@ -143,6 +143,20 @@ class SchedulerConfig(BaseModel):
         "stream then come a step later, tokens are the same. auto: on where the device is not the CPU.",
         json_schema_extra=about(),
     )
+    speculation: Literal["off", "prompt_lookup"] = Field(
+        default="off",
+        description="Guess the next tokens of a sequence from what followed the same tokens earlier in it, and verify "
+        "the guesses in one step: texts that repeat themselves, such as code that is edited, need fewer steps. Tokens "
+        "are chosen as without. While it is on, no step is prepared ahead (scheduler.overlap).",
+        json_schema_extra=about(mutability="live"),
+    )
+    max_draft_tokens: StrictInt = Field(
+        default=8,
+        ge=1,
+        le=64,
+        description="Guesses that are verified in one step for each sequence, at most.",
+        json_schema_extra=about(mutability="live", unit="tokens"),
+    )
 
 
 class SamplingDefaults(BaseModel):

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from inference_shardformer.attention.base import RaggedBatch
 from inference_shardformer.engine.batch_frame import BatchFrame, FrameShape
-from inference_shardformer.engine.request import Request
+from inference_shardformer.engine.request import DraftedRow, Request, SampledRow
 from inference_shardformer.engine.scheduler import SchedulerOutput
 
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """Everything one forward pass reads; `requests_to_sample[i]` owns row `i` of its logits."""
+    """Everything one forward pass reads; row `i` of its logits is for `rows[i]`.
+
+    Those are `requests_to_sample`, each followed by the rows of its drafts.
+    """
 
     input_ids: torch.Tensor  # int64 [1, num_tokens]
     position_ids: torch.Tensor  # int64 [1, num_tokens], or [2, num_tokens] where the second row holds rope lengths
     ragged: RaggedBatch
     logits_indices: torch.Tensor  # int64 [num_logits], packed tokens after which a token is sampled
     requests_to_sample: list[Request]
+    rows: Sequence[SampledRow]
 
 
 class SampledTokens(NamedTuple):
@@ -56,12 +60,11 @@ class BatchBuilder:
         Copies have logits, and no request to sample. With `sampled`, every request runs the one token that it does not
         know yet, which the device takes from there; such a batch has tensors of its own.
         """
-        num_requests, num_padding = len(output.scheduled), self.num_padding(output)
-        if num_padding:
-            scheduled = output.scheduled + output.scheduled[-1:] * num_padding
-            output = replace(output, scheduled=scheduled, num_decodes=output.num_decodes + num_padding)
-        tokens = _pack_tokens(output, self._block_size, self._with_rope_lengths, sampled)
-        query_lens = [num_new_tokens for _, num_new_tokens in output.scheduled]
+        num_padding = self.num_padding(output)
+        tokens = _pack(output, self._block_size, self._with_rope_lengths, sampled)
+        for _ in range(num_padding):
+            tokens.repeat()
+        query_lens = tokens.query_lens
         shape = FrameShape(
             num_tokens=len(tokens.token_ids),
             num_position_rows=2 if self._with_rope_lengths else 1,
@@ -84,15 +87,17 @@ class BatchBuilder:
                 slot_mapping=frame.slot_mapping,
                 host_query_lens=query_lens,
                 host_seq_lens=tokens.seq_lens,
-                num_decodes=output.num_decodes,
+                num_decodes=_num_decodes(output) + num_padding,
             ),
             logits_indices=frame.logits_indices,
-            requests_to_sample=tokens.requests_to_sample[:num_requests],
+            requests_to_sample=tokens.requests_to_sample,
+            rows=tokens.rows,
         )
 
     def num_padding(self, output: SchedulerOutput) -> int:
         """How many copies of its last sequence a step gets at present."""
-        return self._padding(output.num_decodes, len(output.scheduled))
+        num_decodes = _num_decodes(output)
+        return self._padding(num_decodes, num_decodes + len(output.scheduled) - output.num_decode_tokens)
 
     def _frame_of(self, shape: FrameShape, *, is_kept: bool) -> BatchFrame:
         """Of that shape; the one that is kept where it may be filled again."""
@@ -110,36 +115,70 @@ class _PackedTokens:
     rope_lengths: list[int]
     slots: list[int]
     logits_indices: list[int]
+    query_lens: list[int]
     seq_lens: list[int]
     tables: list[array[int]]
     requests_to_sample: list[Request]
+    rows: list[SampledRow]
 
     def packed(self) -> list[int]:
         return self.token_ids + self.positions + self.rope_lengths + self.slots + self.logits_indices
 
-
-def _pack_tokens(
-    output: SchedulerOutput, block_size: int, with_rope_lengths: bool, sampled: SampledTokens | None
-) -> _PackedTokens:
-    tokens = _PackedTokens([], [], [], [], [], [], [], [])
-    slots = tokens.slots
-    for request, num_new_tokens in output.scheduled:
-        start = request.num_computed_tokens
-        end = start + num_new_tokens
+    def place(self, request: Request, start: int, end: int, block_size: int) -> None:
+        """A sequence of tokens `[start, end)` of a request: where they stand, not what they are."""
         table = request.block_table[: -(-end // block_size)]
-        tokens.seq_lens.append(end)
-        tokens.tables.append(table)
-        tokens.token_ids += request.token_ids[start:end] if sampled is None else [sampled.rows[request]]
-        tokens.positions += range(start, end)
-        if with_rope_lengths:
-            tokens.rope_lengths += request.rope_lengths(start, end)
+        self.query_lens.append(end - start)
+        self.seq_lens.append(end)
+        self.tables.append(table)
+        self.positions += range(start, end)
         while start < end:  # block by block
             offset = start % block_size
             slot = table[start // block_size] * block_size + offset
             length = min(block_size - offset, end - start)
-            slots += range(slot, slot + length)
+            self.slots += range(slot, slot + length)
             start += length
-        if end >= len(request.token_ids):
+
+    def draft(self, request: Request, block_size: int) -> None:
+        """A sequence of one token for each draft, behind the request's last token."""
+        for place, token_id in enumerate(request.drafts):
+            end = request.num_tokens + place
+            self.place(request, end, end + 1, block_size)
+            self.logits_indices.append(len(self.token_ids))
+            self.token_ids.append(token_id)
+            self.rows.append(DraftedRow(request, place + 1))
+
+    def repeat(self) -> None:
+        """The last sequence once more, which has one token; it writes what that one writes."""
+        self.logits_indices.append(len(self.token_ids))
+        for column in (self.token_ids, self.positions, self.rope_lengths, self.slots, self.query_lens, self.seq_lens):
+            column += column[-1:]
+        self.tables.append(self.tables[-1][:])
+
+
+def _pack(
+    output: SchedulerOutput, block_size: int, with_rope_lengths: bool, sampled: SampledTokens | None
+) -> _PackedTokens:
+    """Every request is a sequence of its new tokens, and one of each draft.
+
+    Thus attention computes what follows a right draft exactly as it would have without drafts: the keys and values of
+    all tokens are written before any are read.
+    """
+    tokens = _PackedTokens([], [], [], [], [], [], [], [], [], [])
+    for request, num_new_tokens in output.scheduled:
+        num_drafts = len(request.drafts)
+        start, end = request.num_computed_tokens, request.num_computed_tokens + num_new_tokens - num_drafts
+        tokens.place(request, start, end, block_size)
+        tokens.token_ids += request.token_ids[start:end] if sampled is None else [sampled.rows[request]]
+        if with_rope_lengths:
+            tokens.rope_lengths += request.rope_lengths(start, end + num_drafts)
+        if end >= request.num_tokens:
             tokens.logits_indices.append(len(tokens.token_ids) - 1)
             tokens.requests_to_sample.append(request)
+            tokens.rows.append(request)
+        tokens.draft(request, block_size)
     return tokens
+
+
+def _num_decodes(output: SchedulerOutput) -> int:
+    """Sequences of one token: decodes, and each draft."""
+    return output.num_decode_tokens + output.num_draft_tokens

@@ -113,10 +113,9 @@ class Outbox:
             self._calls.pop(request_id, None)
 
     def _hand_on(self, advance: Advance) -> None:
-        live, token_id, logprobs = advance
-        call = self._calls.get(live.request.request_id)
+        call = self._calls.get(advance.live.request.request_id)
         if call is not None:
-            call.note(live, (token_id,), () if logprobs is None else (logprobs,))
+            call.note(*advance)
 
 
 def output_of(live: LiveRequest) -> RequestOutput:
@@ -140,6 +139,8 @@ def output_of(live: LiveRequest) -> RequestOutput:
             num_generated_tokens=request.num_output_tokens,
             num_preemptions=request.num_preemptions,
             num_recomputed_tokens=request.num_recomputed_tokens,
+            num_draft_tokens=request.num_draft_tokens,
+            num_accepted_draft_tokens=request.num_accepted_draft_tokens,
         ),
         error=request.error,
         config_epoch=request.config_epoch,

@@ -26,7 +26,7 @@ from inference_shardformer.engine.outputs import StepStats
 from inference_shardformer.engine.request import FinishReason, Request
 from inference_shardformer.engine.sampler import NOT_FINITE, NOTHING_LEFT
 from inference_shardformer.engine.scheduler import Scheduler, SchedulerOutput
-from inference_shardformer.engine.step_runner import Sampled, StepRunner
+from inference_shardformer.engine.step_runner import Choice, Sampled, StepRunner
 from inference_shardformer.engine.weight_updates import WeightUpdates
 from inference_shardformer.engine.wishes import may_not_end
 from inference_shardformer.errors import RequestError
@@ -50,15 +50,15 @@ class LiveRequest(NamedTuple):
 
 
 class Advance(NamedTuple):
-    """A request and the token it got, with log-probabilities where they were asked for."""
+    """What a step gave to a request: tokens, with log-probabilities where they were asked for."""
 
     live: LiveRequest
-    token_id: int
-    logprobs: TokenLogprobs | None = None
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class StepResult(NamedTuple):
-    """The requests that got a token, with it; the facts of the step."""
+    """The requests that got tokens, with them; the facts of the step."""
 
     advanced: list[Advance]
     stats: StepStats
@@ -187,22 +187,33 @@ class EngineCore:
             self._end(live, "rejected")
 
     def _run(self, output: SchedulerOutput, limits: SchedulerConfig) -> list[Advance]:
-        with self._guard.step("prefill" if len(output.scheduled) > output.num_decodes else "decode"):
+        with self._guard.step("decode" if output.is_decode else "prefill"):
             return self._update(self.steps.run(output, limits, self._meanwhile))
 
     def _update(self, sampled: Sampled) -> list[Advance]:
         advanced = []
-        for request, token_id in zip(sampled.requests, sampled.token_ids, strict=True):
+        for request, choices in zip(sampled.requests, sampled.choices, strict=True):
             live = self.live[request.request_id]
-            if token_id in (NOT_FINITE, NOTHING_LEFT):
-                request.error = _no_token(request, token_id)
-                self._end(live, "abort")
-                continue
-            logprobs = sampled.logprobs.get(request)
-            request.append(token_id, logprobs)
-            advanced.append(Advance(live, token_id, logprobs))
-            self._end_if_complete(live, token_id)
+            num_known, num_scored = request.num_tokens, len(request.logprobs)
+            for place, choice in enumerate(choices):
+                self._append(live, choice, is_behind_draft=place > 0)
+                if request.is_finished:
+                    break
+            if request.num_tokens > num_known:
+                token_ids, logprobs = request.token_ids[num_known:], request.logprobs[num_scored:]
+                advanced.append(Advance(live, tuple(token_ids), tuple(logprobs)))
         return advanced
+
+    def _append(self, live: LiveRequest, choice: Choice, *, is_behind_draft: bool) -> None:
+        request, token_id = live.request, choice.token_id
+        if token_id in (NOT_FINITE, NOTHING_LEFT):
+            request.error = _no_token(request, token_id)
+            self._end(live, "abort")
+            return
+        if is_behind_draft:  # the token before this one was drafted, and its keys and values are in the cache
+            request.num_computed_tokens += 1
+        request.append(token_id, choice.logprobs)
+        self._end_if_complete(live, token_id)
 
     def _end_if_complete(self, live: LiveRequest, token_id: int) -> None:
         request, text = live
@@ -226,8 +237,9 @@ class EngineCore:
 
     def _stats(self, output: SchedulerOutput, seconds: float, config_epoch: int) -> StepStats:
         return StepStats(
-            num_prefill_tokens=output.num_tokens - output.num_decodes,
-            num_decode_tokens=output.num_decodes,
+            num_prefill_tokens=output.num_tokens - output.num_decode_tokens - output.num_draft_tokens,
+            num_decode_tokens=output.num_decode_tokens,
+            num_draft_tokens=output.num_draft_tokens,
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
             num_free_blocks=self.scheduler.allocator.num_free,

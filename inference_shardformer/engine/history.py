@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from inference_shardformer.engine.request import Request
+from inference_shardformer.engine.request import SampledRow
 from inference_shardformer.engine.staging import staged
 
 
-def look_back(logits: torch.Tensor, requests: Sequence[Request]) -> None:
+def look_back(logits: torch.Tensor, requests: Sequence[SampledRow]) -> None:
     """Change `logits` `[num_rows, vocab_size]` in place, each row by the prompt and the output of its request.
 
     As in Hugging Face: the repetition penalty first, the n-grams last. A row depends on its own request alone.

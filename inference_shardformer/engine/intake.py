@@ -61,6 +61,8 @@ class Intake:
             "max_model_len": str(config.config.max_model_len),
             "scheduler.max_num_seqs": str(config.inference.scheduler.max_num_seqs),
             "scheduler.max_num_batched_tokens": str(config.inference.scheduler.max_num_batched_tokens),
+            "scheduler.speculation": config.inference.scheduler.speculation,
+            "scheduler.max_draft_tokens": str(config.inference.scheduler.max_draft_tokens),
             "tokenizer": "none" if self._tokenizer is None else type(self._tokenizer).__name__,
         }
 

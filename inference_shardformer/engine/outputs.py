@@ -11,12 +11,17 @@ from inference_shardformer.errors import RequestError
 
 @dataclass(frozen=True)
 class Usage:
-    """What one request cost; `num_recomputed_tokens` were computed again after `num_preemptions` preemptions."""
+    """What one request cost; `num_recomputed_tokens` were computed again after `num_preemptions` preemptions.
+
+    Of the `num_draft_tokens` guesses that were verified, `num_accepted_draft_tokens` were right.
+    """
 
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     num_preemptions: int = 0
     num_recomputed_tokens: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_draft_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,10 @@ class StreamChunk:
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one step did, and what it left. `config_epoch` is that of the limits it was scheduled with."""
+    """What one step did, and what it left. `config_epoch` is that of the limits it was scheduled with.
+
+    `num_draft_tokens` were verified beside the `num_decode_tokens`.
+    """
 
     num_prefill_tokens: int
     num_decode_tokens: int
@@ -71,3 +79,4 @@ class StepStats:
     num_free_blocks: int
     seconds: float
     config_epoch: int = 0
+    num_draft_tokens: int = 0

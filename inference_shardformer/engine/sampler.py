@@ -10,7 +10,7 @@ import torch
 from inference_shardformer.compute.sampling import Draw, Greatest
 from inference_shardformer.engine.distribution import drawn, drop_unlikely, uniform
 from inference_shardformer.engine.history import look_back
-from inference_shardformer.engine.request import Request
+from inference_shardformer.engine.request import SampledRow
 from inference_shardformer.engine.staging import staged
 from inference_shardformer.engine.wishes import add_bias, forbid_early_end, may_not_end
 
@@ -58,14 +58,14 @@ class Sampler:
         ranges = torch.tensor([vocab_range], dtype=torch.int64, device=group.device)
         self._vocab_ranges: list[list[int]] = group.all_gather(ranges, dim=0).tolist()
 
-    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+    def sample(self, logits: torch.Tensor, requests: Sequence[SampledRow]) -> list[int]:
         """What `sample_on_device` chooses, on the host; waits for it."""
         return self.sample_on_device(logits, requests).tolist()
 
     def sample_on_device(
         self,
         logits: torch.Tensor,
-        requests: Sequence[Request],
+        requests: Sequence[SampledRow],
         greatest: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """A token id for each row of `logits` `[num_rows, local_vocab]`, int64 `[num_rows]`. Waits for nothing.
@@ -113,7 +113,7 @@ class Sampler:
         value, token_id = gathered[winner, torch.arange(num_rows, device=logits.device)].unbind(-1)
         return torch.where(value.isfinite(), token_id, float(NOT_FINITE)).long()
 
-    def _choose(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+    def _choose(self, logits: torch.Tensor, requests: Sequence[SampledRow]) -> torch.Tensor:
         """Tokens of rows whose logits rank 0 must see whole; int64 `[num_rows]`."""
         whole = self._true_columns(self._group.all_gather(logits.contiguous(), dim=-1), logits.shape[1])
         token_ids = torch.empty(len(requests), dtype=torch.int64, device=logits.device)
@@ -134,7 +134,7 @@ class Sampler:
             token_ids.masked_fill_(~is_finite, NOT_FINITE)
         return self._group.broadcast(token_ids, src=0)
 
-    def _drawn(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+    def _drawn(self, logits: torch.Tensor, requests: Sequence[SampledRow]) -> torch.Tensor:
         """Tokens of rows that are no greedy ones, by numbers that only depend on the request."""
         samplings = [request.sampling for request in requests]
         temperatures = [max(sampling.temperature, _LEAST) for sampling in samplings]
@@ -156,7 +156,7 @@ class Sampler:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def _needs_no_logits_of_others(request: Request) -> bool:
+def _needs_no_logits_of_others(request: SampledRow) -> bool:
     sampling = request.sampling
     changes_logits = sampling.looks_back or bool(sampling.logit_bias) or may_not_end(request)
     return sampling.is_greedy and not changes_logits

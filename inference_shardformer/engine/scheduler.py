@@ -22,11 +22,27 @@ class ScheduledRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class SchedulerOutput:
-    """One step: `scheduled` starts with the `num_decodes` requests that have exactly one token in it."""
+    """One step: `scheduled` starts with the `num_decodes` requests that have exactly one token in it.
+
+    Behind them come the `num_drafted` requests that run their last token and guesses at the next ones, which are
+    `num_draft_tokens` together; then prompts.
+    """
 
     scheduled: list[ScheduledRequest] = field(default_factory=list)
     num_decodes: int = 0
     preempted: list[Request] = field(default_factory=list)
+    num_drafted: int = 0
+    num_draft_tokens: int = 0
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether no request runs tokens of which it knows the next one already."""
+        return self.num_decode_tokens == len(self.scheduled)
+
+    @property
+    def num_decode_tokens(self) -> int:
+        """Requests whose last token runs, with or without drafts."""
+        return self.num_decodes + self.num_drafted
 
     @property
     def num_tokens(self) -> int:
@@ -72,16 +88,21 @@ class Scheduler:
             self._admit(scheduled, budget, limits.max_num_seqs)
         decodes = [entry for entry in scheduled if entry.num_new_tokens == 1]
         prefills = [entry for entry in scheduled if entry.num_new_tokens > 1]
-        return SchedulerOutput(decodes + prefills, len(decodes), preempted)
+        drafted: list[ScheduledRequest] = []
+        if limits.speculation != "off" and not preempted:
+            budget = limits.max_num_batched_tokens - sum(num_new_tokens for _, num_new_tokens in scheduled)
+            decodes, drafted = self._draft(decodes, limits.max_draft_tokens, budget)
+        num_draft_tokens = sum(num_new_tokens - 1 for _, num_new_tokens in drafted)
+        return SchedulerOutput(decodes + drafted + prefills, len(decodes), preempted, len(drafted), num_draft_tokens)
 
     def expect(self, limits: SchedulerConfig) -> SchedulerOutput | None:
         """The next step as far as it is certain while the present one runs; takes its blocks, as `schedule` would.
 
         Every running request gets a token, and those leave for which it is the last. None where the next step is not
-        decodes alone, or where somebody may be admitted or preempted. A request that leaves earlier gives back its
+        decodes alone, may have drafts, or may admit or preempt somebody. A request that leaves earlier gives back its
         blocks with all others, so nothing has to be undone.
         """
-        if any(request.num_uncomputed_tokens for request in self.running):
+        if limits.speculation != "off" or any(request.num_uncomputed_tokens for request in self.running):
             return None
         staying = [request for request in self.running if not _gets_its_last_token(request)]
         if not 0 < len(staying) <= limits.max_num_batched_tokens:
@@ -136,6 +157,30 @@ class Scheduler:
             budget -= num_new_tokens
             position += 1
         return budget
+
+    def _draft(
+        self, decodes: list[ScheduledRequest], most: int, budget: int
+    ) -> tuple[list[ScheduledRequest], list[ScheduledRequest]]:
+        """Let decodes run guesses at their next tokens, too; those that do not, and those that do.
+
+        Drafts use what is left of the budget, and leave a free block for each running request: nobody waits, or is
+        preempted, because of them.
+        """
+        plain, drafted = [], []
+        for entry in decodes:
+            request = entry.request
+            spare_blocks = max(0, self.allocator.num_free - len(self.running))
+            num_slots = (len(request.block_table) + spare_blocks) * self.block_size - request.num_tokens
+            is_at_its_end = request.num_uncomputed_tokens == 1
+            num_drafts = request.draft(max(0, min(most, budget, num_slots))) if is_at_its_end else 0
+            if not num_drafts:
+                plain.append(entry)
+                continue
+            budget -= num_drafts
+            missing = self._missing_blocks(request, 1 + num_drafts)
+            request.block_table.extend(self.allocator.allocate(missing))
+            drafted.append(ScheduledRequest(request, 1 + num_drafts))
+        return plain, drafted
 
     def _make_room(self, request: Request, num_new_tokens: int, preempted: list[Request]) -> bool:
         """Take the missing blocks of a running request; False if it had to give way itself."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,19 +12,25 @@ from inference_shardformer.engine.ahead import Ahead
 from inference_shardformer.engine.batch import BatchBuilder
 from inference_shardformer.engine.logprobs import TokenLogprobs, unpacked
 from inference_shardformer.engine.model_runner import ModelRunner
-from inference_shardformer.engine.request import Request
+from inference_shardformer.engine.request import Request, SampledRow
 from inference_shardformer.engine.sampler import Sampler
 from inference_shardformer.engine.scheduler import Scheduler, SchedulerOutput
 from inference_shardformer.engine.scorer import Scorer
 from inference_shardformer.engine.staging import OnItsWay, on_device, staged
 
 
+class Choice(NamedTuple):
+    """A token, or the code of why there is none; with log-probabilities where they are wanted."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
 class Sampled(NamedTuple):
-    """The requests that were sampled in a step, the token or the code of each, and `logprobs` where they are wanted."""
+    """The requests that were sampled in a step, and what was chosen for each: a token, or more behind right drafts."""
 
     requests: list[Request]
-    token_ids: list[int]
-    logprobs: dict[Request, TokenLogprobs]
+    choices: list[Sequence[Choice]]
 
 
 class StepRunner:
@@ -58,28 +64,38 @@ class StepRunner:
 
     def _run(self, output: SchedulerOutput, limits: SchedulerConfig, meanwhile: Callable[[], None]) -> Sampled:
         batch = (self.ahead and self.ahead.take(output)) or self._build(output)
-        requests = batch.requests_to_sample
         logits, greatest = self._runner.run(batch)
-        token_ids = self._sampler.sample_on_device(logits, requests, greatest)
+        token_ids = self._sampler.sample_on_device(logits, batch.rows, greatest)
         on_its_way = OnItsWay(token_ids, self._is_given_up)
-        wanted = [row for row, request in enumerate(requests) if request.sampling.logprobs is not None]
-        scores = self._scores(logits, requests, wanted, token_ids) if wanted else None
+        wanted = [row for row, each in enumerate(batch.rows) if each.sampling.logprobs is not None]
+        scores = self._scores(logits, batch.rows, wanted, token_ids) if wanted else None
         for request, num_new_tokens in output.scheduled:
-            request.num_computed_tokens += num_new_tokens
+            request.num_computed_tokens += num_new_tokens - len(request.drafts)
         if self.ahead is not None:
             self.ahead.prepare(batch, token_ids, limits)
         meanwhile()
-        sampled = Sampled(requests, on_its_way.wait(), {})
+        choices = [Choice(token_id) for token_id in on_its_way.wait()]
         if scores is not None:
             for row, score in zip(wanted, scores.wait_for_rows(), strict=True):
-                num_top = requests[row].sampling.logprobs or 0
-                sampled.logprobs[requests[row]] = unpacked(score, sampled.token_ids[row], num_top)
-        return sampled
+                token_id, num_top = choices[row].token_id, batch.rows[row].sampling.logprobs or 0
+                choices[row] = Choice(token_id, unpacked(score, token_id, num_top))
+        return Sampled(batch.requests_to_sample, _of_each(batch.requests_to_sample, choices))
 
     def _scores(
-        self, logits: torch.Tensor, requests: list[Request], rows: list[int], token_ids: torch.Tensor
+        self, logits: torch.Tensor, rows: Sequence[SampledRow], wanted: list[int], token_ids: torch.Tensor
     ) -> OnItsWay:
-        """Log-probabilities of the tokens of these rows, as many as one of them wants, on their way."""
-        num_top = max(requests[row].sampling.logprobs or 0 for row in rows)
-        chosen = token_ids[staged(rows, torch.int64, token_ids.device)]
-        return OnItsWay(self._scorer.score_on_device(logits, rows, chosen, num_top), self._is_given_up)
+        """Log-probabilities of the tokens of the wanted rows, as many as one of them wants, on their way."""
+        num_top = max(rows[row].sampling.logprobs or 0 for row in wanted)
+        chosen = token_ids[staged(wanted, torch.int64, token_ids.device)]
+        return OnItsWay(self._scorer.score_on_device(logits, wanted, chosen, num_top), self._is_given_up)
+
+
+def _of_each(requests: Sequence[Request], choices: Sequence[Choice]) -> list[Sequence[Choice]]:
+    """What counts for each request, of the choices of its row and of those of its drafts, one behind the other."""
+    of_each: list[Sequence[Choice]] = []
+    start = 0
+    for request in requests:
+        own = choices[start : start + 1 + len(request.drafts)]
+        of_each.append(own[: request.verify([choice.token_id for choice in own])])
+        start += len(own)
+    return of_each

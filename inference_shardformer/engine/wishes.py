@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from inference_shardformer.engine.request import Request
+from inference_shardformer.engine.request import SampledRow
 from inference_shardformer.engine.staging import staged
 
 
-def add_bias(logits: torch.Tensor, requests: Sequence[Request]) -> None:
+def add_bias(logits: torch.Tensor, requests: Sequence[SampledRow]) -> None:
     """Add the `logit_bias` of each request to its row of `logits` `[num_rows, vocab_size]`, in place."""
     for row, request in zip(logits, requests, strict=True):
         if request.sampling.logit_bias:
@@ -18,7 +18,7 @@ def add_bias(logits: torch.Tensor, requests: Sequence[Request]) -> None:
             row[staged(token_ids, torch.int64, row.device)] += staged(numbers, row.dtype, row.device)
 
 
-def forbid_early_end(logits: torch.Tensor, requests: Sequence[Request], eos_token_ids: Sequence[int]) -> None:
+def forbid_early_end(logits: torch.Tensor, requests: Sequence[SampledRow], eos_token_ids: Sequence[int]) -> None:
     """Leave no logit to the tokens that would end a request before its `min_new_tokens`, in place."""
     for row, request in zip(logits, requests, strict=True):
         if may_not_end(request):
@@ -27,6 +27,6 @@ def forbid_early_end(logits: torch.Tensor, requests: Sequence[Request], eos_toke
             row[staged(ending, torch.int64, row.device)] = -torch.inf
 
 
-def may_not_end(request: Request) -> bool:
+def may_not_end(request: SampledRow) -> bool:
     """Whether the next token is one of those that must not end the request."""
     return request.num_output_tokens < request.sampling.min_new_tokens

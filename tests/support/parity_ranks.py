@@ -1,5 +1,7 @@
 """Rank program: generates with every tiny model, through both ways of sharding, and writes the tokens of rank 0.
 
+One way decodes token by token, the other verifies guesses.
+
 Usage: torchrun --nproc-per-node N parity_ranks.py FOLDER OUT.json
 FOLDER holds one checkpoint folder per case and `prompts.json`: {case: {"prompts": [[ids]], "max_new_tokens": n}}.
 """
@@ -20,9 +22,10 @@ CACHE = {"block_size": 4, "num_blocks": 40}  # 160 tokens: too small for all req
 SCHEDULER = {"max_num_seqs": 16, "max_num_batched_tokens": 48}
 
 
-def generate(route: str, folder: Path, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """Tokens of every prompt through one way of sharding."""
-    inference = InferenceConfig.model_validate({"dtype": "fp32", "cache": CACHE, "scheduler": SCHEDULER})
+def generate(route: str, folder: Path, prompts: list[list[int]], max_new_tokens: int) -> dict[str, object]:
+    """Tokens of every prompt through one way of sharding, and how many of them were guessed."""
+    scheduler = {**SCHEDULER, "speculation": "prompt_lookup" if route == "optimize" else "off"}
+    inference = InferenceConfig.model_validate({"dtype": "fp32", "cache": CACHE, "scheduler": scheduler})
     with InferenceShardformer(ShardConfig(device="cpu"), inference) as shardformer:
         if route == "from_pretrained":
             model = shardformer.from_pretrained(folder)
@@ -30,11 +33,13 @@ def generate(route: str, folder: Path, prompts: list[list[int]], max_new_tokens:
             model, _ = shardformer.optimize(LlamaForCausalLM.from_pretrained(folder))
         engine = shardformer.attach(model)
         sampling = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True)
-        return [list(output.token_ids) for output in engine.generate(prompts, sampling)]
+        outputs = engine.generate(prompts, sampling)
+        num_guessed = sum(output.usage.num_accepted_draft_tokens for output in outputs)
+        return {"tokens": [list(output.token_ids) for output in outputs], "num_guessed": num_guessed}
 
 
 def main(folder: Path, out: Path) -> None:
-    """Run every case and write `{case: {route: tokens}}` on rank 0."""
+    """Run every case and write `{case: {route: {"tokens", "num_guessed"}}}` on rank 0."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     cases = json.loads((folder / "prompts.json").read_text())

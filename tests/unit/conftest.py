@@ -149,13 +149,16 @@ class Setup:
     fail_at: int = -1
     poison: int = -1
     overlap: str = "off"
+    speculation: str = "off"
 
     def config(self) -> ResolvedConfig:
         inference = InferenceConfig(
             seed=self.seed,
             cache=CacheConfig(block_size=self.block_size, num_blocks=self.num_blocks),
             scheduler=SchedulerConfig(
-                max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens
+                max_num_seqs=self.max_num_seqs,
+                max_num_batched_tokens=self.max_num_batched_tokens,
+                speculation=self.speculation,
             ),
             sampling=SamplingDefaults(**{"max_new_tokens": self.max_new_tokens, **self.sampling}),
             prompt=PromptConfig(template=self.template),
