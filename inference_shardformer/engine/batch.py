@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,19 +15,48 @@ from inference_shardformer.engine.request import DraftedRow, Request, SampledRow
 from inference_shardformer.engine.scheduler import SchedulerOutput
 
 
+class PromptRows(NamedTuple):
+    """Rows of logits after tokens of a prompt: the first one foretells the token at `position`, and so on."""
+
+    request: Request
+    first_row: int
+    num_rows: int
+    position: int
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens that the prompt goes on with, one for each row."""
+        return self.request.token_ids[self.position : self.position + self.num_rows]
+
+
 @dataclass(frozen=True)
 class ForwardBatch:
-    """Everything one forward pass reads; row `i` of its logits is for `rows[i]`.
+    """Everything one forward pass reads.
 
-    Those are `requests_to_sample`, each followed by the rows of its drafts.
+    Its logits are one row for each of `rows` in their order, and between them those of `prompts`; rows of copies come
+    last, if there are any. `rows` are `requests_to_sample`, each followed by its drafts.
     """
 
     input_ids: torch.Tensor  # int64 [1, num_tokens]
     position_ids: torch.Tensor  # int64 [1, num_tokens], or [2, num_tokens] where the second row holds rope lengths
     ragged: RaggedBatch
-    logits_indices: torch.Tensor  # int64 [num_logits], packed tokens after which a token is sampled
+    logits_indices: torch.Tensor  # int64 [num_logits], packed tokens after which a token is sampled or scored
     requests_to_sample: list[Request]
-    rows: Sequence[SampledRow]
+    rows: list[SampledRow]
+    prompts: list[PromptRows]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the logits that belong to somebody."""
+        return len(self.rows) + sum(prompt.num_rows for prompt in self.prompts)
+
+    @property
+    def rows_to_sample(self) -> list[int]:
+        """Which rows of the logits are those of `rows`."""
+        places = set(range(self.num_rows))
+        for prompt in self.prompts:
+            places -= set(range(prompt.first_row, prompt.first_row + prompt.num_rows))
+        return sorted(places)
 
 
 class SampledTokens(NamedTuple):
@@ -92,6 +121,7 @@ class BatchBuilder:
             logits_indices=frame.logits_indices,
             requests_to_sample=tokens.requests_to_sample,
             rows=tokens.rows,
+            prompts=tokens.prompts,
         )
 
     def num_padding(self, output: SchedulerOutput) -> int:
@@ -120,6 +150,7 @@ class _PackedTokens:
     tables: list[array[int]]
     requests_to_sample: list[Request]
     rows: list[SampledRow]
+    prompts: list[PromptRows]
 
     def packed(self) -> list[int]:
         return self.token_ids + self.positions + self.rope_lengths + self.slots + self.logits_indices
@@ -137,6 +168,14 @@ class _PackedTokens:
             length = min(block_size - offset, end - start)
             self.slots += range(slot, slot + length)
             start += length
+
+    def score_prompt(self, request: Request, start: int, end: int) -> None:
+        """Have logits after the tokens of `[start, end)` that want them, before these are packed."""
+        unscored = request.unscored_positions(start, end)
+        if unscored:
+            self.prompts.append(PromptRows(request, len(self.logits_indices), len(unscored), unscored.start + 1))
+            first = len(self.token_ids) - start
+            self.logits_indices += range(first + unscored.start, first + unscored.stop)
 
     def draft(self, request: Request, block_size: int) -> None:
         """A sequence of one token for each draft, behind the request's last token."""
@@ -163,11 +202,12 @@ def _pack(
     Thus attention computes what follows a right draft exactly as it would have without drafts: the keys and values of
     all tokens are written before any are read.
     """
-    tokens = _PackedTokens([], [], [], [], [], [], [], [], [], [])
+    tokens = _PackedTokens([], [], [], [], [], [], [], [], [], [], [])
     for request, num_new_tokens in output.scheduled:
         num_drafts = len(request.drafts)
         start, end = request.num_computed_tokens, request.num_computed_tokens + num_new_tokens - num_drafts
         tokens.place(request, start, end, block_size)
+        tokens.score_prompt(request, start, end)
         tokens.token_ids += request.token_ids[start:end] if sampled is None else [sampled.rows[request]]
         if with_rope_lengths:
             tokens.rope_lengths += request.rope_lengths(start, end + num_drafts)

@@ -145,6 +145,7 @@ def output_of(live: LiveRequest) -> RequestOutput:
         error=request.error,
         config_epoch=request.config_epoch,
         logprobs=None if request.sampling.logprobs is None else tuple(request.logprobs),
+        prompt_logprobs=None if request.sampling.prompt_logprobs is None else (None, *request.prompt_logprobs),
     )
 
 

@@ -191,6 +191,8 @@ class EngineCore:
             return self._update(self.steps.run(output, limits, self._meanwhile))
 
     def _update(self, sampled: Sampled) -> list[Advance]:
+        for request, prompt_logprobs in sampled.prompt_logprobs.items():
+            request.prompt_logprobs += prompt_logprobs
         advanced = []
         for request, choices in zip(sampled.requests, sampled.choices, strict=True):
             live = self.live[request.request_id]

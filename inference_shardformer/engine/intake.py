@@ -142,8 +142,9 @@ class Intake:
         for name, ids in named.items():
             if foreign := [token_id for token_id in ids if token_id >= self._vocab_size]:
                 problems.append((f"{name}={foreign} are not in the vocabulary", valid))
-        if sampling.logprobs is not None and sampling.logprobs > self._vocab_size:
-            problems.append((f"logprobs={sampling.logprobs} are more tokens than there are", valid))
+        for name, num in {"logprobs": sampling.logprobs, "prompt_logprobs": sampling.prompt_logprobs}.items():
+            if num is not None and num > self._vocab_size:
+                problems.append((f"{name}={num} are more tokens than there are", valid))
         return problems
 
     def _stop_problems(self, sampling: ResolvedSampling) -> list[Problem]:

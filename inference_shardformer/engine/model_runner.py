@@ -102,7 +102,7 @@ class ModelRunner:
             return self._forward(*inputs).logits
 
         logits = graphs.run(batch, forward, self.attention, self.kv_cache)
-        return logits[: len(batch.requests_to_sample)]
+        return logits[: batch.num_rows]
 
     def _forward(
         self,

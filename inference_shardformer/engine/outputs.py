@@ -33,6 +33,7 @@ class RequestOutput:
     the generated ones, the ending one included; `text` ends before a stop text. `error` says why a request was
     rejected, or why it could not go on. `config_epoch` is the epoch of the configuration whose sampling defaults hold
     for it from its first to its last token. `logprobs` belong to `token_ids` one by one; None where nobody asked.
+    `prompt_logprobs` belong to `prompt_token_ids`, of which the first has none.
     """
 
     request_id: str
@@ -47,6 +48,7 @@ class RequestOutput:
     error: RequestError | None = None
     config_epoch: int = 0
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,9 @@ class Request:
     num_computed_tokens  ^ keys and values up to here are in the cache
 
     `config_epoch` is that of the configuration it was admitted with, whose defaults are in `sampling`. `logprobs` has
-    an entry for each output token where they were asked for, else it stays empty. `drafts` are the guesses that run in
-    the present step behind the last token.
+    an entry for each output token where they were asked for, else it stays empty; `prompt_logprobs` the same of each
+    prompt token but the first, as far as the prompt has run. `drafts` are the guesses that run in the present step
+    behind the last token.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Request:
         self.lookup: PromptLookup | None = None
         self.num_draft_tokens = 0
         self.num_accepted_draft_tokens = 0
+        self.prompt_logprobs: list[TokenLogprobs] = []
 
     @property
     def num_tokens(self) -> int:
@@ -91,6 +93,12 @@ class Request:
     def output_token_ids(self) -> list[int]:
         """The tokens generated so far."""
         return self.token_ids[self.num_prompt_tokens :]
+
+    def unscored_positions(self, start: int, end: int) -> range:
+        """The tokens of `[start, end)` after which the next one of the prompt has yet to get its log-probability."""
+        if self.sampling.prompt_logprobs is None:
+            return range(0)
+        return range(max(start, len(self.prompt_logprobs)), min(end, self.num_prompt_tokens - 1))
 
     @property
     def is_finished(self) -> bool:

@@ -20,7 +20,7 @@ MAX_LOGPROBS = 128
 
 _BEYOND = 2**63  # no number, length or token id is as large as this
 _LONGEST_SHOWN = 256  # bits
-_INTEGERS = ("max_new_tokens", "min_new_tokens", "top_k", "no_repeat_ngram_size", "seed", "logprobs")
+_INTEGERS = ("max_new_tokens", "min_new_tokens", "top_k", "no_repeat_ngram_size", "seed", "logprobs", "prompt_logprobs")
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -40,6 +40,7 @@ class ResolvedSampling:
     ignore_eos: bool
     skip_special_tokens: bool
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     min_p: float = 0.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -81,7 +82,9 @@ class SamplingParams:
     `logprobs` k brings the log-probability of each generated token and the k likeliest tokens in its place with theirs,
     k up to `MAX_LOGPROBS`; 0 brings the generated ones alone, `None` nothing. They are the model's own: the log-softmax
     in float32 of its logits before temperature, penalties and all else that this changes, so that they mean the same
-    whatever the sampling, and can be compared between requests and with other programs.
+    whatever the sampling, and can be compared between requests and with other programs. `prompt_logprobs` k brings the
+    same of the prompt's tokens, each after those before it, in the finished output; their logits take memory, so that
+    such a prompt runs in chunks of 256 tokens at most.
     Raises `RequestError` that lists every invalid value.
     """
 
@@ -97,6 +100,7 @@ class SamplingParams:
     ignore_eos: bool | None = None
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     min_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -134,6 +138,7 @@ class SamplingParams:
             ignore_eos=_given(self.ignore_eos, defaults.ignore_eos),
             skip_special_tokens=self.skip_special_tokens,
             logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
             min_p=_given(self.min_p, 0.0),
             presence_penalty=_given(self.presence_penalty, 0.0),
             frequency_penalty=_given(self.frequency_penalty, 0.0),
@@ -155,6 +160,7 @@ class SamplingParams:
             None if self.ignore_eos is None else _flag("ignore_eos", self.ignore_eos),
             _flag("skip_special_tokens", self.skip_special_tokens),
             _integer("logprobs", self.logprobs, low=0, below=MAX_LOGPROBS + 1),
+            _integer("prompt_logprobs", self.prompt_logprobs, low=0, below=MAX_LOGPROBS + 1),
             _number("min_p", self.min_p, "a number from 0 to 1", lambda value: 0 <= value <= 1),
             _number("presence_penalty", self.presence_penalty, "a number from -2 to 2", lambda value: abs(value) <= 2),
             _number(

@@ -12,6 +12,9 @@ from inference_shardformer.errors import StateError
 from inference_shardformer.kv_cache.block_allocator import BlockAllocator
 from inference_shardformer.kv_cache.sizing import blocks_for
 
+MAX_SCORED_TOKENS = 256
+"""Prompt tokens of a step that are followed by log-probabilities: each has a row of logits, which take memory."""
+
 
 class ScheduledRequest(NamedTuple):
     """A request and how many of its uncomputed tokens run in this step."""
@@ -60,8 +63,9 @@ class Scheduler:
     Limits are read once a step, so they may change between steps. Where fewer sequences are allowed than run, those
     that run go on to their end and nobody is admitted until then.
 
-    Blocks for all known tokens of a request are taken on admission. Thus at most the last running request is in the
-    middle of its prompt, and only decoding can run out of blocks.
+    Blocks for all known tokens of a request are taken on admission, and nobody is admitted behind a prompt that does
+    not end in the step. Thus at most the last running request is in the middle of its prompt, and only decoding can run
+    out of blocks.
     """
 
     def __init__(self, allocator: BlockAllocator, *, block_size: int) -> None:
@@ -150,11 +154,11 @@ class Scheduler:
         position = 0
         while position < len(self.running) and budget > 0:
             request = self.running[position]
-            num_new_tokens = min(request.num_uncomputed_tokens, budget)
+            num_new_tokens = min(_num_runnable(request, MAX_SCORED_TOKENS), budget)
             if not self._make_room(request, num_new_tokens, preempted):
                 break
             scheduled.append(ScheduledRequest(request, num_new_tokens))
-            budget -= num_new_tokens
+            budget = budget - num_new_tokens if num_new_tokens == request.num_uncomputed_tokens else 0
             position += 1
         return budget
 
@@ -208,17 +212,19 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def _admit(self, scheduled: list[ScheduledRequest], budget: int, max_num_seqs: int) -> None:
+        to_score = MAX_SCORED_TOKENS - sum(_num_scored(*entry) for entry in scheduled)
         while self.waiting and budget > 0 and len(self.running) < max_num_seqs:
             request = self.waiting[0]
-            if not self._may_enter(request):
+            num_new_tokens = min(_num_runnable(request, to_score), budget)
+            if num_new_tokens == 0 or not self._may_enter(request):
                 return
             self.waiting.popleft()
             request.block_table.extend(self.allocator.allocate(blocks_for(request.num_tokens, self.block_size)))
             request.status = RequestStatus.RUNNING
             self.running.append(request)
-            num_new_tokens = min(request.num_tokens, budget)
             scheduled.append(ScheduledRequest(request, num_new_tokens))
-            budget -= num_new_tokens
+            budget = budget - num_new_tokens if num_new_tokens == request.num_tokens else 0
+            to_score -= _num_scored(request, num_new_tokens)
 
     def _may_enter(self, request: Request) -> bool:
         """Whether it fits, and leaves a block for each running request, which would soon preempt it for that."""
@@ -233,3 +239,17 @@ class Scheduler:
 def _gets_its_last_token(request: Request) -> bool:
     """Whether the token that is being sampled is the last that the request may have."""
     return request.num_output_tokens + 1 >= request.sampling.max_new_tokens
+
+
+def _num_scored(request: Request, num_new_tokens: int) -> int:
+    """How many of these tokens are followed by log-probabilities of the prompt."""
+    start = request.num_computed_tokens
+    return len(request.unscored_positions(start, start + num_new_tokens))
+
+
+def _num_runnable(request: Request, to_score: int) -> int:
+    """How many tokens of a request may run where at most `to_score` are followed by log-probabilities."""
+    unscored = request.unscored_positions(request.num_computed_tokens, request.num_tokens)
+    if len(unscored) <= to_score:
+        return request.num_uncomputed_tokens
+    return unscored.start + to_score - request.num_computed_tokens

@@ -10,12 +10,13 @@ import torch
 from inference_shardformer.config.inference import SchedulerConfig
 from inference_shardformer.engine.ahead import Ahead
 from inference_shardformer.engine.batch import BatchBuilder
-from inference_shardformer.engine.logprobs import TokenLogprobs, unpacked
+from inference_shardformer.engine.logprobs import TokenLogprobs
 from inference_shardformer.engine.model_runner import ModelRunner
-from inference_shardformer.engine.request import Request, SampledRow
+from inference_shardformer.engine.request import Request
 from inference_shardformer.engine.sampler import Sampler
 from inference_shardformer.engine.scheduler import Scheduler, SchedulerOutput
 from inference_shardformer.engine.scorer import Scorer
+from inference_shardformer.engine.scoring import Scoring
 from inference_shardformer.engine.staging import OnItsWay, on_device, staged
 
 
@@ -27,10 +28,14 @@ class Choice(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """The requests that were sampled in a step, and what was chosen for each: a token, or more behind right drafts."""
+    """The requests that were sampled in a step, and what was chosen for each: a token, or more behind right drafts.
+
+    Log-probabilities of prompts are of the prompt tokens that follow the ones of the step.
+    """
 
     requests: list[Request]
     choices: list[Sequence[Choice]]
+    prompt_logprobs: dict[Request, list[TokenLogprobs]]
 
 
 class StepRunner:
@@ -65,29 +70,24 @@ class StepRunner:
     def _run(self, output: SchedulerOutput, limits: SchedulerConfig, meanwhile: Callable[[], None]) -> Sampled:
         batch = (self.ahead and self.ahead.take(output)) or self._build(output)
         logits, greatest = self._runner.run(batch)
+        scoring = Scoring(self._scorer, self._is_given_up)
+        if batch.prompts:
+            scoring.start_prompts(batch.prompts, logits)
+            places = staged(batch.rows_to_sample, torch.int64, logits.device)
+            logits, greatest = logits[places], greatest and (greatest[0][places], greatest[1][places])
         token_ids = self._sampler.sample_on_device(logits, batch.rows, greatest)
         on_its_way = OnItsWay(token_ids, self._is_given_up)
-        wanted = [row for row, each in enumerate(batch.rows) if each.sampling.logprobs is not None]
-        scores = self._scores(logits, batch.rows, wanted, token_ids) if wanted else None
+        scoring.start(batch.rows, logits, token_ids)
         for request, num_new_tokens in output.scheduled:
             request.num_computed_tokens += num_new_tokens - len(request.drafts)
         if self.ahead is not None:
             self.ahead.prepare(batch, token_ids, limits)
         meanwhile()
-        choices = [Choice(token_id) for token_id in on_its_way.wait()]
-        if scores is not None:
-            for row, score in zip(wanted, scores.wait_for_rows(), strict=True):
-                token_id, num_top = choices[row].token_id, batch.rows[row].sampling.logprobs or 0
-                choices[row] = Choice(token_id, unpacked(score, token_id, num_top))
-        return Sampled(batch.requests_to_sample, _of_each(batch.requests_to_sample, choices))
-
-    def _scores(
-        self, logits: torch.Tensor, rows: Sequence[SampledRow], wanted: list[int], token_ids: torch.Tensor
-    ) -> OnItsWay:
-        """Log-probabilities of the tokens of the wanted rows, as many as one of them wants, on their way."""
-        num_top = max(rows[row].sampling.logprobs or 0 for row in wanted)
-        chosen = token_ids[staged(wanted, torch.int64, token_ids.device)]
-        return OnItsWay(self._scorer.score_on_device(logits, wanted, chosen, num_top), self._is_given_up)
+        sampled = on_its_way.wait()
+        logprobs = scoring.wait(sampled)
+        choices = [Choice(token_id, logprobs.get(row)) for row, token_id in enumerate(sampled)]
+        requests = batch.requests_to_sample
+        return Sampled(requests, _of_each(requests, choices), scoring.wait_for_prompts())
 
 
 def _of_each(requests: Sequence[Request], choices: Sequence[Choice]) -> list[Sequence[Choice]]:

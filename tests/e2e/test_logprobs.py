@@ -14,12 +14,12 @@ from transformers import LlamaForCausalLM
 NUM_TOKENS = 10
 TOLERANCE = 2e-4  # float32 on both sides, whose logits differ in the order of their sums
 PARAMS: list[dict[str, object]] = [
-    {"logprobs": 5},
+    {"logprobs": 5, "prompt_logprobs": 4},
     {"logprobs": 3, "temperature": 0.9, "seed": 3},
     {},
     {"logprobs": 20, "repetition_penalty": 1.4},
     {"logprobs": 0, "temperature": 1.3, "top_k": 8, "seed": 4},
-    {"logprobs": 2},
+    {"logprobs": 2, "prompt_logprobs": 0},
 ]
 
 
@@ -34,13 +34,14 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaForCausal
     return folder, model, prompts
 
 
-def _assert_true(model: LlamaForCausalLM, prompt: list[int], result: dict, num_top: int) -> None:
-    token_ids = result["token_ids"]
+def _logprobs(model: LlamaForCausalLM, token_ids: list[int]) -> torch.Tensor:
+    """Float64 `[num_tokens, vocab_size]`, after each token."""
     with torch.inference_mode():
-        logits = model(torch.tensor([prompt + token_ids])).logits[0, len(prompt) - 1 : -1]
-    expected = logits.double().log_softmax(dim=-1)  # [num_tokens, vocab_size]
-    assert len(result["logprobs"]) == len(token_ids) == NUM_TOKENS
-    for row, token_id, found in zip(expected, token_ids, result["logprobs"], strict=True):
+        return model(torch.tensor([token_ids])).logits[0].double().log_softmax(dim=-1)
+
+
+def _assert_true(rows: torch.Tensor, token_ids: list[int], logprobs: list[dict], num_top: int) -> None:
+    for row, token_id, found in zip(rows, token_ids, logprobs, strict=True):
         assert found["chosen"]["token_id"] == token_id
         assert len(found["top"]) == num_top
         for each in (found["chosen"], *found["top"]):
@@ -65,7 +66,13 @@ def test_every_rank_has_those_of_hugging_face(
     assert sum(result["num_preemptions"] for result in results["tight"]) > 0
     for limits in ("roomy", "tight"):
         for prompt, params, result in zip(prompts, PARAMS, results[limits], strict=True):
+            assert len(result["token_ids"]) == NUM_TOKENS
+            expected = _logprobs(model, prompt + result["token_ids"])
+            assert (result["logprobs"] is None) == ("logprobs" not in params)
+            assert (result["prompt_logprobs"] is None) == ("prompt_logprobs" not in params)
             if "logprobs" in params:
-                _assert_true(model, prompt, result, params["logprobs"])
-            else:
-                assert result["logprobs"] is None
+                rows = expected[len(prompt) - 1 : -1]
+                _assert_true(rows, result["token_ids"], result["logprobs"], params["logprobs"])
+            if "prompt_logprobs" in params:
+                rows = expected[: len(prompt) - 1]
+                _assert_true(rows, prompt[1:], result["prompt_logprobs"][1:], params["prompt_logprobs"])

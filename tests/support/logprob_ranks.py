@@ -2,7 +2,7 @@
 
 Usage: torchrun --nproc-per-node N logprob_ranks.py FOLDER OUT.json
 FOLDER holds a checkpoint and `requests.json`: {"prompts": [[ids]], "params": [{...}]}. OUT.json has
-{"roomy" | "tight": [{"token_ids", "logprobs", "num_preemptions"}]}. Ranks with other outputs than rank 0 fail.
+{"roomy" | "tight": [{"token_ids", "logprobs", "prompt_logprobs", ...}]}. Ranks with other outputs than rank 0 fail.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from inference_shardformer import InferenceConfig, InferenceShardformer, SamplingParams, ShardConfig
+from inference_shardformer.engine.logprobs import TokenLogprobs
 
 LIMITS: dict[str, dict[str, dict[str, int]]] = {
     "roomy": {"cache": {"block_size": 4, "num_blocks": 200}},
@@ -36,11 +37,16 @@ def generate(folder: Path, limits: dict[str, dict[str, int]]) -> list[dict[str, 
     return [
         {
             "token_ids": output.token_ids,
-            "logprobs": None if output.logprobs is None else [asdict(each) for each in output.logprobs],
+            "logprobs": None if output.logprobs is None else list(map(_plain, output.logprobs)),
+            "prompt_logprobs": None if output.prompt_logprobs is None else list(map(_plain, output.prompt_logprobs)),
             "num_preemptions": output.usage.num_preemptions,
         }
         for output in outputs
     ]
+
+
+def _plain(logprobs: TokenLogprobs | None) -> dict[str, object] | None:
+    return None if logprobs is None else asdict(logprobs)
 
 
 def main(folder: Path, out: Path) -> None:

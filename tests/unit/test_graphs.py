@@ -15,6 +15,7 @@ from inference_shardformer.attention.reference import ReferenceAttention
 from inference_shardformer.attention.survey import BACKENDS
 from inference_shardformer.config.loader import gather, merge_layers
 from inference_shardformer.config.sources import ConfigSources
+from inference_shardformer.engine import scheduler
 from inference_shardformer.engine.graphs import DecodeGraphs, Recording, graph_sizes
 from inference_shardformer.errors import BackendUnavailableError, ConfigError
 from inference_shardformer.explaining.offline import explain
@@ -126,6 +127,21 @@ def test_drawn_tokens_are_those_of_an_eager_engine(attached) -> None:
     graphs, _ = _with_graphs(engine, (4,))
     assert [output.token_ids for output in engine.generate(prompts, params)] == eager
     assert graphs.captured == (4,)
+
+
+def test_prompts_in_chunks_of_one_token_are_scored_as_an_eager_engine_does(attached, monkeypatch) -> None:
+    prompts = ragged_prompts(3, 160, longest=9)
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True, prompt_logprobs=3, logprobs=2)
+    expected = attached().generate(prompts, params)
+    monkeypatch.setattr(scheduler, "MAX_SCORED_TOKENS", 1)
+    engine = attached()
+    _, recorder = _with_graphs(engine, (1, 2, 4))
+    for output, eager in zip(engine.generate(prompts, params), expected, strict=True):
+        assert output.token_ids == eager.token_ids
+        for mine, its in zip(output.prompt_logprobs[1:], eager.prompt_logprobs[1:], strict=True):
+            assert [each.token_id for each in mine.top] == [each.token_id for each in its.top]
+            assert mine.chosen.logprob == pytest.approx(its.chosen.logprob, abs=1e-4)
+    assert recorder.replayed > sum(map(len, prompts)) - 3
 
 
 def test_prompts_and_large_batches_run_as_they_are(attached) -> None:
