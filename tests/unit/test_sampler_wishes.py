@@ -62,9 +62,7 @@ def _expected_scores(row: torch.Tensor, request: Request) -> torch.Tensor:
     """What Hugging Face's processors make of the logits, and counting where it has none."""
     sampling, ids, scores = request.sampling, torch.tensor([request.token_ids]), row.clone().unsqueeze(0)
     if sampling.logit_bias:
-        scores = SequenceBiasLogitsProcessor([[[token_id], bias] for token_id, bias in sampling.logit_bias])(
-            ids, scores
-        )
+        scores = SequenceBiasLogitsProcessor({(token_id,): bias for token_id, bias in sampling.logit_bias})(ids, scores)
     if sampling.repetition_penalty != 1.0:
         scores = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(ids, scores)
     for token_id, count in Counter(request.output_token_ids).items():
