@@ -14,7 +14,7 @@ from inference_shardformer.distributed.hub import HubBoard
 from inference_shardformer.distributed.member import MemberBoard
 from inference_shardformer.distributed.records import FailureRecord, Outcome, error_of_phase
 from inference_shardformer.distributed.stall import Progress
-from inference_shardformer.distributed.tensor_parallel import TensorParallelGroup, joining
+from inference_shardformer.distributed.tensor_parallel import JOIN_TIMEOUT_S, TensorParallelGroup, joining
 from inference_shardformer.distributed.wire import connect_to_leader
 from inference_shardformer.errors import EnvironmentMismatchError, StateError
 
@@ -39,7 +39,7 @@ class RankGuard:
         self._board: Board | None = None  # with one rank there is none
         if group.size > 1:
             with joining(group.size):
-                lines = connect_to_leader(group, timeout_s=timeout_s)
+                lines = connect_to_leader(group, timeout_s=max(timeout_s, JOIN_TIMEOUT_S))
             board = HubBoard if group.rank == 0 else MemberBoard
             self._board = board(Seat(group.rank, group.size, timeout_s, self._progress, group.abort), lines)
             atexit.register(self.close)

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 _HEADER_BYTES = 8
 _INLINE_BYTES = 1024 - _HEADER_BYTES
-_JOIN_TIMEOUT_S = 60.0  # ranks arrive as far apart as their imports take
+JOIN_TIMEOUT_S = 60.0  # ranks arrive as far apart as their imports take
 
 
 class TensorParallelGroup:
@@ -228,7 +228,7 @@ def _agree_on_name(process_group: dist.ProcessGroup, device: torch.device, timeo
         name = torch.zeros_like(name)
     name = name.to(device if dist.get_backend(process_group) == "nccl" else "cpu")
     work = dist.all_reduce(name, group=process_group, async_op=True)
-    work.wait(timedelta(seconds=max(timeout_s, _JOIN_TIMEOUT_S)))
+    work.wait(timedelta(seconds=max(timeout_s, JOIN_TIMEOUT_S)))
     return f"inference_shardformer/{bytes(name.tolist()).hex()}"
 
 
