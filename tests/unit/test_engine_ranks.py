@@ -127,6 +127,7 @@ def test_stream_lost_in_a_cycle_is_left_on_all_ranks(tiny: SimpleNamespace) -> N
 
         def collecting(**arguments: object) -> object:
             if group.rank == 1:
+                engine._runner._model = model
                 gc.collect()
             return model(**arguments)
 
