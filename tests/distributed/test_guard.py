@@ -33,13 +33,13 @@ FAULTS = {
 def failed_as(said: dict[str, Any], rank: int, cause: str) -> bool:
     """Whether a rank raised the expected failure, in time."""
     expected = {"type": "RankFailure", "rank": rank, "phase": "decode", "cause": cause}
-    return expected.items() <= said.items() and said["seconds"] < 10
+    return expected.items() <= said.items() and said["seconds"] < 25
 
 
 @pytest.fixture(scope="module")
 def faults() -> list[RankResult]:
     """What two ranks say of every fault after which both still live."""
-    return run_ranks("guard_ranks.py", "faults", *FAULTS, nproc=2, timeout_s=120)
+    return run_ranks("guard_ranks.py", "faults", *FAULTS, nproc=2, timeout_s=300)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

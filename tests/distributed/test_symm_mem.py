@@ -43,7 +43,7 @@ class Ranks:
 
     def __init__(self) -> None:
         self._mail: list[Any] = [None] * SIZE
-        self._barrier = threading.Barrier(SIZE, timeout=5.0)
+        self._barrier = threading.Barrier(SIZE, timeout=60.0)
 
     def exchange(self, rank: int, item: Any) -> list[Any]:
         self._mail[rank] = item

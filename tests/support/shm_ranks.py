@@ -138,7 +138,7 @@ def kill_in_the_middle() -> dict[str, Any]:
 
 def unguarded(kind: str) -> dict[str, Any]:
     """What rank 0 raises when rank 1 leaves it waiting and nobody guards."""
-    group = group_of(timeout_s=1.5)
+    group = group_of(timeout_s=1.5 if kind == "late" else 30)
     group.all_reduce(torch.ones(5))
     began = time.monotonic()
     if group.rank == 1:
@@ -147,13 +147,13 @@ def unguarded(kind: str) -> dict[str, Any]:
             case "close":
                 group.close()
             case "late":
-                time.sleep(2.0)
+                time.sleep(4.0)
             case "abort":
                 threading.Timer(0.3, group.abort).start()  # while this rank itself waits for the other
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
     elif kind == "abort":
-        time.sleep(1.0)
+        time.sleep(6.0)
     said = {}
     try:
         group.all_reduce(torch.ones(6 if kind == "other" and group.rank == 1 else 5))

@@ -24,7 +24,7 @@ class SymmetricMemoryStandIn:
         self._allocated: dict[int, torch.Tensor] = {}  # by rank
         self._mapped: dict[tuple[str, int], torch.Tensor] = {}  # by group and rank
         self._local = threading.local()
-        self._barrier = threading.Barrier(size, timeout=5.0)
+        self._barrier = threading.Barrier(size, timeout=60.0)
         self._library: torch.library.Library | None = None
 
     def at(self, rank: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -255,24 +256,30 @@ class NullGuard:
 
 
 def run_ranks(size: int, program: Callable[[ThreadGroup], object]) -> list[object]:
-    """Run `program` once per rank; what each returned or raised, in rank order."""
+    """Run `program` once per rank; what each returned or raised, in rank order.
+
+    A rank that waits for one that has ended gets a `BrokenBarrierError`.
+    """
     results: list[object] = [None] * size
     mail: list[object] = [None] * size
-    barrier = threading.Barrier(size, timeout=5.0)
+    barrier = threading.Barrier(size, timeout=60.0)
+    ended: list[int] = []
 
     def main(rank: int) -> None:
         try:
             results[rank] = program(ThreadGroup(rank, size, mail, barrier))
         except Exception as exc:  # noqa: BLE001 - handed to the test
             results[rank] = exc
-            if not isinstance(exc, threading.BrokenBarrierError) and size > 1:
-                threading.Timer(1.0, barrier.abort).start()
+        finally:
+            ended.append(rank)
 
     threads = [threading.Thread(target=main, args=(rank,)) for rank in range(size)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    while any(thread.is_alive() for thread in threads):
+        if ended and barrier.n_waiting and barrier.n_waiting + len(ended) == size:
+            barrier.abort()  # those that wait are waiting for ranks that have ended
+        time.sleep(0.001)
     return results
 
 

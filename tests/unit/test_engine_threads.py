@@ -16,7 +16,7 @@ from inference_shardformer.engine.sampling_params import SamplingParams
 
 SEQS = "inference.scheduler.max_num_seqs"
 TOKENS = "inference.scheduler.max_num_batched_tokens"
-SOON_S = 10.0
+SOON_S = 60.0
 
 
 def _requests(tiny: SimpleNamespace) -> list[tuple[list[int], SamplingParams]]:
@@ -111,7 +111,8 @@ def test_update_comes_before_the_next_step_of_a_generation(tiny: SimpleNamespace
     def slow(**arguments: object) -> object:
         if len(epochs) == 3:
             in_step.set()
-            time.sleep(0.1)  # enough for the other thread to queue up behind this step
+            while not engine._access.lock._waiting:  # until the other thread has queued up behind this step
+                time.sleep(0.001)
         return model(**arguments)
 
     def update() -> None:
