@@ -5,38 +5,35 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING, TextIO
 
+from inference_shardformer.cli.tables import empty_table, print_table
+
 if TYPE_CHECKING:
     from inference_shardformer.tuning.comparison import Comparison
     from inference_shardformer.tuning.measurement import Measurement
 
-_COLUMNS = ("phase", "batch", "length", "backend", "time of a layer", "tokens/s", "max error", "verdict")
-_RIGHT = ("batch", "length", "time of a layer", "tokens/s", "max error")
+_COLUMNS = ("phase", "batch", "length", "backend", "layer time", "tokens/s", "max error", "verdict")
+_RIGHT = ("batch", "length", "layer time", "tokens/s", "max error")
 _WIDTH_OF_FILES = 120
 
 
 def show(comparison: Comparison, stream: TextIO) -> None:
     """Print the comparison, as wide as the terminal, or as a fixed width in a file."""
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     width = shutil.get_terminal_size().columns if stream.isatty() else _WIDTH_OF_FILES
     console = Console(file=stream, width=width, highlight=False)
     ranks = "1 rank" if comparison.num_ranks == 1 else f"the slowest of {comparison.num_ranks} ranks"
-    console.print(f"{comparison.of}\n{comparison.device}, {ranks}, {comparison.rounds} rounds", markup=False)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in _COLUMNS:
-        table.add_column(
-            name, justify="right" if name in _RIGHT else "left", no_wrap=name != "verdict", overflow="fold"
-        )
+    rounds = "1 round" if comparison.rounds == 1 else f"{comparison.rounds} rounds"
+    console.print(f"{comparison.of}\n{comparison.device}, {ranks}, {rounds}", markup=False)
     fastest = comparison.fastest()
-    for place, row in enumerate(comparison.rows):
-        cells = _cells(row, is_fastest=place in fastest)
+    every = [_cells(row, is_fastest=place in fastest) for place, row in enumerate(comparison.rows)]
+    table = empty_table(_COLUMNS, every, wrapped="verdict", right=_RIGHT)
+    for place, (row, cells) in enumerate(zip(comparison.rows, every, strict=True)):
         style = "bold" if place in fastest else "" if row.is_valid else "red"
         is_last = place + 1 == len(comparison.rows) or comparison.rows[place + 1].bucket != row.bucket
         table.add_row(*(Text(cell, style=style) for cell in cells), end_section=is_last)
-    console.print(table)
+    print_table(table, stream, width=width)
     for name, reason in comparison.refused.items():
         console.print(f"{name} cannot serve: {reason}", markup=False)
     found = f"{comparison.choice}: {comparison.why}" if comparison.choice else "none is right in every bucket"

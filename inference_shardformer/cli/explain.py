@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from inference_shardformer.cli.models import resolve_model
 from inference_shardformer.cli.parser import GENERATE_FLAGS, add_config_flags, add_model_options, sources_of
 from inference_shardformer.cli.ranks import is_main_rank
+from inference_shardformer.cli.tables import empty_table, print_table
 from inference_shardformer.cli.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -60,25 +61,22 @@ def _show(explanation: Explanation) -> None:
     console = Console(width=shutil.get_terminal_size().columns, highlight=False)
     for line in explanation.headline():
         console.print(line, markup=False)
-    console.print(_table(COLUMNS, explanation.rows()))
-    console.print(REQUESTS, markup=False)
-    if verdicts := explanation.verdicts():
-        console.print(_table(verdicts[0], verdicts[1:]))
-    if kernels := explanation.kernel_verdicts():
-        console.print(_table(kernels[0], kernels[1:]))
+    console.print()
+    print_table(_table(COLUMNS, explanation.rows()), sys.stdout, width=console.width)
+    console.print(f"\n{REQUESTS}", markup=False)
+    for found in (explanation.verdicts(), explanation.kernel_verdicts()):
+        if found:
+            console.print()
+            print_table(_table(found[0], found[1:]), sys.stdout, width=console.width)
     for event in explanation.events:
         console.print(f"let pass: {event.message}", markup=False)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table in which headings stand out, and what somebody asked for does from the defaults."""
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for place, name in enumerate(header):
-        table.add_column(name, overflow="fold", no_wrap=place < len(header) - 1)
+    table = empty_table(header, rows, wrapped=header[-1])
     for row in rows:
         style = "bold" if not any(row[1:]) else "dim" if row[-1].startswith("default") else ""
         table.add_row(*(Text(cell, style=style) for cell in row))

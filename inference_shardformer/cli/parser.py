@@ -36,10 +36,10 @@ def _declared(*paths: str) -> tuple[ConfigFlag, ...]:
 
 
 def _metavar(field: ConfigField) -> str:
-    """What a flag takes: its words, a letter for a number, else a name."""
+    """What a flag takes: its words, `N` for an integer, `X` for another number, else a name."""
     words = [word for word in field.choices if word != "auto"]
-    is_number = field.rule.startswith(("an integer", "a number"))
-    return "|".join(words) or (field.path.rpartition(".")[2][0].upper() if is_number else "NAME")
+    number = "N" if field.rule.startswith("an integer") else "X" if field.rule.startswith("a number") else ""
+    return "|".join(words) or number or "NAME"
 
 
 ENGINE_FLAGS = _declared(
@@ -78,12 +78,22 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing, so that every error leaves through the same door."""
-        options = [option for action in self._actions for option in action.option_strings]
-        given = [word.split("=")[0] for word in self._given if word.startswith("--")]
-        near = [difflib.get_close_matches(word, options, n=1, cutoff=0.7) for word in given if word not in options]
-        meant = [match[0] for match in near if match]
-        question = f"did you mean {' and '.join(meant)}? " if meant else ""
+        question = f"did you mean {' and '.join(meant)}? " if (meant := self._meant()) else ""
+        if "expected one argument" in message:
+            option = message.split()[1].rstrip(":")
+            question = f"a value that begins with a dash follows an equals sign: {option}=-VALUE. "
         raise UsageError(f"{self.prog}: {message}", remedy=f"{question}`{self.prog} --help` lists what is accepted")
+
+    def _meant(self) -> list[str]:
+        """The known options and commands nearest to the unknown ones that were given."""
+        options = [option for action in self._actions for option in action.option_strings]
+        commands = [name for action in self._actions for name in action.choices or () if not action.option_strings]
+        given = [word.split("=")[0] for word in self._given if word.startswith("--")]
+        unknown = [(word, options) for word in given if word not in options]
+        first = self._given[0] if self._given else ""
+        unknown += [(first, commands)] if not first.startswith("-") and first not in commands else []
+        near = [difflib.get_close_matches(word, known, n=1, cutoff=0.7) for word, known in unknown]
+        return [match[0] for match in near if match]
 
 
 def add_model_options(parser: ArgumentParser, *, is_required: bool = True) -> None:

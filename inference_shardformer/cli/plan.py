@@ -13,6 +13,7 @@ from inference_shardformer.cli.parser import GENERATE_FLAGS, add_config_flags, a
 from inference_shardformer.cli.policies import load_policy
 from inference_shardformer.cli.ranks import is_main_rank
 from inference_shardformer.cli.report import UsageError
+from inference_shardformer.cli.tables import empty_table, print_table
 from inference_shardformer.cli.terminal import Terminal
 from inference_shardformer.config.units import converted
 
@@ -84,18 +85,14 @@ def _show(report: PlanReport, *, is_complete: bool) -> None:
         console.print(line, markup=False)
     for header, rows in tables(report, is_complete=is_complete):
         console.print()
-        console.print(_table(header, rows))
+        print_table(_table(header, rows), sys.stdout, width=console.width)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table whose last column is the one that wraps."""
-    from rich import box
-    from rich.table import Table
+    """A table in which notes alone wrap."""
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for place, name in enumerate(header):
-        table.add_column(name, overflow="fold", no_wrap=place == 0, justify="right" if name == "bytes" else "left")
+    table = empty_table(header, rows, wrapped="note", right=("bytes",))
     for row in rows:
         table.add_row(*map(Text, row))
     return table

@@ -27,8 +27,9 @@ class Workload:
 
 def read_workload(name: str) -> Workload:
     """Read a workload. Raises one UsageError that names everything wrong with it."""
+    text = read_text(name)
     try:
-        content = json.loads(read_text(name))
+        content = json.loads(text)
     except ValueError as exc:
         raise UsageError(f"workload file {name}: is not JSON: {exc}", remedy=_REMEDY) from exc
     problems = _problems(content)

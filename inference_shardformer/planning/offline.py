@@ -19,6 +19,7 @@ from inference_shardformer.planning.memory import Memory, plan_capacity, plan_wo
 from inference_shardformer.planning.report import PlanReport
 from inference_shardformer.planning.rows import parameter_rows
 from inference_shardformer.planning.storage import WeightStorage
+from inference_shardformer.planning.text import amount
 from inference_shardformer.planning.traffic import plan_traffic
 from inference_shardformer.resolving.examination import Examined, examine
 from inference_shardformer.resolving.kernels import linear_kernel
@@ -104,4 +105,4 @@ def _memory(asked: int | None, host: HostFacts, device: torch.device) -> Memory:
     free = free_memory(device)
     if device.type != "cpu":
         return Memory(free, "free on the device now")
-    return Memory(free // host.ranks_on_host, f"its share of {free} bytes free on this machine now")
+    return Memory(free // host.ranks_on_host, f"its share of {amount(free)} free on this machine now")

@@ -129,3 +129,10 @@ def test_everything_wrong_with_a_workload_is_reported_at_once(tmp_path):
 def test_files_that_are_no_workload(tmp_path, content, words):
     with pytest.raises(UsageError, match=words):
         read_workload(write(tmp_path, content))
+
+
+def test_a_workload_that_is_not_there_is_told_once(tmp_path):
+    with pytest.raises(UsageError) as caught:
+        read_workload(str(tmp_path / "none.json"))
+    assert str(caught.value).count("remedy") == 1
+    assert "cannot be read (No such file or directory)" in caught.value.message
