@@ -29,6 +29,7 @@ def main() -> None:
 
     def run(work: Workload) -> tuple[float, int]:
         sampling = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in work.max_new_tokens]
+        engine.reset_prefix_cache()  # else a round would find what the one before has computed
         start = time.perf_counter()
         outputs = engine.generate(work.prompts, sampling)
         return time.perf_counter() - start, sum(len(output.token_ids) for output in outputs)

@@ -78,6 +78,7 @@ def _measure(session: Session, workload: Workload) -> dict[str, int | float]:
     sampling = [SamplingParams(max_new_tokens=new, temperature=0.0, ignore_eos=True) for new in workload.max_new]
     first_token = 0.0
     num_generated = 0
+    session.engine.reset_prefix_cache()  # else a repeat would find what the one before has computed
     started = time.perf_counter()
     for chunk in session.engine.stream(workload.prompts, sampling):
         if chunk.index == 0 and not first_token:

@@ -117,6 +117,12 @@ class CacheConfig(BaseModel):
         "memory.",
         json_schema_extra=about(unit="bytes, or a fraction"),
     )
+    prefix_caching: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Requests that begin with the same tokens share blocks, also with finished ones as long as nothing "
+        "else needs these; auto: on, unless the model's rotary frequencies depend on the length of the prompt.",
+        json_schema_extra=about(),
+    )
 
 
 class SchedulerConfig(BaseModel):

@@ -57,6 +57,7 @@ class ResolvedConfig:
     block_size: int | None = None  # tokens; None where nothing decided it, then it was asked for
     graphs: int | Literal["none"] = "none"  # sequences in the largest decode step that is captured
     overlap: Literal["on", "off"] = "off"  # whether host work of a step is done while the device is at another one
+    prefix_caching: Literal["on", "off"] = "off"  # whether requests share the blocks of equal prefixes
     compression: Literal["none", "lossless"] = "none"  # of the weights that the linear kernel keeps
     kernels: tuple[tuple[str, str], ...] = ()  # the kernel of each kind, by the name of its setting
 
@@ -99,6 +100,7 @@ DECIDED = {
     "inference.cache.block_size": "block_size",
     "inference.graphs": "graphs",
     "inference.scheduler.overlap": "overlap",
+    "inference.cache.prefix_caching": "prefix_caching",
     COMPRESSION: "compression",
 }
 """The attribute of `ResolvedConfig` that holds the decided value of a field."""

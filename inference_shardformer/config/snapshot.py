@@ -125,6 +125,7 @@ def _final_inference(config: ResolvedConfig) -> InferenceConfig:
     asked = config.inference
     sizes = {"num_blocks": config.num_blocks, "block_size": config.block_size}
     cache = {**asked.cache.__dict__, **{name: size for name, size in sizes.items() if size is not None}}
+    cache["prefix_caching"] = config.prefix_caching
     return type(asked).model_validate(
         {
             **asked.__dict__,

@@ -26,6 +26,7 @@ from inference_shardformer.engine.step_runner import StepRunner
 from inference_shardformer.engine.weight_stream import WeightGroup, WeightWriter
 from inference_shardformer.engine.weight_updates import WeightUpdates
 from inference_shardformer.kv_cache.block_allocator import BlockAllocator
+from inference_shardformer.kv_cache.prefix import PrefixCache
 
 
 class EngineGroup(WeightGroup, TensorGroup, Protocol):
@@ -66,7 +67,13 @@ def assemble(
     guard.agree("creation of the engine", intake.limits())
     exchange = EventExchange(group)
     updates = LiveUpdates(store, group, exchange)
-    scheduler = Scheduler(BlockAllocator(num_blocks), block_size=block_size)
+    allocator = BlockAllocator(num_blocks)
+    scheduler = Scheduler(
+        allocator,
+        block_size=block_size,
+        prefix_cache=PrefixCache(allocator) if config.prefix_caching == "on" else None,
+        with_rope_lengths=facts.length_dependent_rope,
+    )
     switches = BackendSwitches(
         switch,
         runner=runner,
@@ -75,6 +82,7 @@ def assemble(
         group=group,
         exchange=exchange,
         blocks_in_use=lambda: scheduler.blocks_in_use,
+        on_change=scheduler.forget_prefixes,
     )
     outbox = Outbox(defers=config.overlap == "on")
     sampler = Sampler(group, vocab_range, draw=draw, greatest=greatest, eos_token_ids=facts.eos_token_ids)
@@ -88,7 +96,7 @@ def assemble(
         config=store,
         updates=updates,
         switches=switches,
-        weights=WeightUpdates(weights, group=group, exchange=exchange),
+        weights=WeightUpdates(weights, group=group, exchange=exchange, on_change=scheduler.forget_prefixes),
         guard=guard,
         eos_token_ids=facts.eos_token_ids,
         tokenizer=tokenizer,
@@ -109,7 +117,7 @@ def _step_runner(
     group: EngineGroup,
 ) -> StepRunner:
     build = BatchBuilder(
-        block_size=scheduler.block_size,
+        block_size=runner.kv_cache.spec.block_size,
         device=group.device,
         with_rope_lengths=facts.length_dependent_rope,
         padding=runner.num_padding,

@@ -58,7 +58,9 @@ class BackendSwitches:
         group: ByteGroup,
         exchange: EventExchange,
         blocks_in_use: Callable[[], Sequence[int]],
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_change` is told once another backend serves; only `blocks_in_use` are in its layout then."""
         self._switch = switch
         self._runner = runner
         self._store = store
@@ -66,6 +68,7 @@ class BackendSwitches:
         self._group = group
         self._exchange = exchange
         self._blocks_in_use = blocks_in_use
+        self._on_change = on_change
         self._waiting: deque[BackendChange] = deque()
 
     def request(self, name: str) -> BackendChange:
@@ -122,6 +125,8 @@ class BackendSwitches:
             self._runner.bind(before.attention, before.kv_cache)
             return
         known.rank_verdicts = tuple(map(from_bytes, self._group.all_gather_bytes(to_bytes(known.verdicts()))))
+        if prepared.attention is not before.attention:
+            self._on_change()
         self._updates.make_way()
         self._store.decide(_PATH, change.name, source=_SOURCE)
         change.is_done = True

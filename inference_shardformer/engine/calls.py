@@ -141,6 +141,7 @@ def output_of(live: LiveRequest) -> RequestOutput:
             num_recomputed_tokens=request.num_recomputed_tokens,
             num_draft_tokens=request.num_draft_tokens,
             num_accepted_draft_tokens=request.num_accepted_draft_tokens,
+            num_cached_tokens=request.num_cached_tokens,
         ),
         error=request.error,
         config_epoch=request.config_epoch,

@@ -15,6 +15,7 @@ from inference_shardformer.engine.events import (
     AddRequest,
     Event,
     EventExchange,
+    ResetPrefixCache,
     SwitchBackend,
     UpdateConfig,
     UpdateWeights,
@@ -159,6 +160,8 @@ class EngineCore:
         elif isinstance(event, UpdateWeights):
             with self._guard.step("weight update"):
                 self.weights.settle()
+        elif isinstance(event, ResetPrefixCache):
+            self.scheduler.forget_prefixes()
         elif event.request_id in self.live:
             self._end(self.live[event.request_id], "abort")
 
@@ -247,6 +250,8 @@ class EngineCore:
             num_free_blocks=self.scheduler.allocator.num_free,
             seconds=seconds,
             config_epoch=config_epoch,
+            num_queried_tokens=output.looked.num_queried_tokens,
+            num_cached_tokens=output.looked.num_cached_tokens,
         )
 
 

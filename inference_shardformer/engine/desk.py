@@ -8,9 +8,9 @@ from inference_shardformer.engine.backend_switch import BackendChange
 from inference_shardformer.engine.calls import Call, Outbox, rejected, summary
 from inference_shardformer.engine.core import EngineCore
 from inference_shardformer.engine.distribution import derived_seed
-from inference_shardformer.engine.events import AbandonRequest, AbortRequest, AddRequest
+from inference_shardformer.engine.events import AbandonRequest, AbortRequest, AddRequest, ResetPrefixCache
 from inference_shardformer.engine.intake import Intake, Prompt, ValidPrompt
-from inference_shardformer.engine.outputs import RequestOutput, StepStats
+from inference_shardformer.engine.outputs import PrefixCacheStats, RequestOutput, StepStats
 from inference_shardformer.engine.sampling_params import SamplingParams
 from inference_shardformer.engine.weight_updates import Weights, WeightUpdate
 from inference_shardformer.errors import RequestError
@@ -73,6 +73,19 @@ class RequestDesk:
     def update_weights(self, weights: Weights) -> WeightUpdate:
         """Ask for new weights."""
         return self._core.weights.request(weights)
+
+    @property
+    def prefix_cache_stats(self) -> PrefixCacheStats | None:
+        """What came of the prefix cache; `None` where there is none."""
+        blocks = self._core.scheduler.blocks
+        cache = blocks.prefix_cache
+        return None if cache is None else PrefixCacheStats(*blocks.looked, cache.num_blocks, cache.num_reclaimed)
+
+    def reset_prefix_cache(self) -> None:
+        """Let nothing be found that was computed before. With one rank at once, else in the next step."""
+        self._exchange.post(ResetPrefixCache())
+        if self._is_alone:
+            self.receive()
 
     def abort(self, request_id: str) -> bool:
         """End a request early; False if it is unknown or has finished."""

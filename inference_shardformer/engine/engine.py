@@ -22,7 +22,7 @@ from inference_shardformer.engine.intake import Prompt, ValidPrompt, pair_prompt
 from inference_shardformer.engine.live_config import LiveConfig
 from inference_shardformer.engine.live_updates import ConfigUpdate
 from inference_shardformer.engine.model_runner import AttentionPlanner, CausalModel, ModelRunner
-from inference_shardformer.engine.outputs import RequestOutput, StepStats, StreamChunk
+from inference_shardformer.engine.outputs import PrefixCacheStats, RequestOutput, StepStats, StreamChunk
 from inference_shardformer.engine.sampling_params import SamplingParams
 from inference_shardformer.engine.weight_stream import WeightWriter
 from inference_shardformer.engine.weight_updates import Weights
@@ -91,6 +91,12 @@ class InferenceEngine:
         """Requests that wait or run."""
         with self._access.lock:
             return self._access.desk("num_unfinished").num_unfinished
+
+    @property
+    def prefix_cache_stats(self) -> PrefixCacheStats | None:
+        """What came of the prefix cache since the engine was attached; `None` where there is none."""
+        with self._access.lock:
+            return self._access.desk("prefix_cache_stats").prefix_cache_stats
 
     def generate(
         self,
@@ -162,6 +168,16 @@ class InferenceEngine:
         with self._access.lock:
             return self._access.desk("abort()").abort(request_id)
 
+    def reset_prefix_cache(self) -> None:
+        """Let no later request find what was computed so far; running ones keep their blocks.
+
+        With one rank this is done on return, with several in the next step, on all ranks at the same one. A rank above
+        0 makes the same call, or none. Nothing happens where there is no prefix cache.
+        """
+        with self._access.lock:
+            self._access.refuse_in_callback("reset_prefix_cache()")
+            self._access.desk("reset_prefix_cache()").reset_prefix_cache()
+
     def update_config(self, changes: Mapping[str, object], *, source: str = "call") -> ConfigUpdate:
         """Change several live fields at once, between two steps: on every rank at the same one, or on none.
 
@@ -181,9 +197,9 @@ class InferenceEngine:
 
         What this rank can see to be impossible (an unknown or refused name) raises here. With one rank the rest raises
         too, and the backend serves on return; with several it is settled in the next step, and `BackendChange` tells.
-        Requests keep their tokens, and the cache is converted if the layouts differ. Raises `BackendUnavailableError`,
-        `PluginError`, `ConfigError` or `CapacityError`; the old backend then serves on. A rank above 0 makes the same
-        call, or none.
+        Requests keep their tokens, and the cache is converted if the layouts differ; later requests find nothing that
+        the old backend computed. Raises `BackendUnavailableError`, `PluginError`, `ConfigError` or `CapacityError`; the
+        old backend then serves on. A rank above 0 makes the same call, or none.
         """
         with self._access.lock:
             self._access.refuse_in_callback("switch_backend()")
@@ -195,7 +211,8 @@ class InferenceEngine:
         `weights` are whole tensors by the names of the unsharded Hugging Face model, all of them or some: a mapping,
         checked as a whole before anything changes, or an iterator of pairs, of which one is held at a time. Every rank
         brings the same and cuts its own part; or rank 0 alone does, the others step(), and each tensor is sent to them.
-        With several ranks this runs one step. Keys and values that running requests have cached stay as they are.
+        With several ranks this runs one step. Keys and values that running requests have cached stay as they are; later
+        requests find nothing that was computed before.
 
         Raises `CheckpointError` where the weights are refused: nothing has changed then. What fails later ends the
         engine on all ranks with the same `RankFailure`.

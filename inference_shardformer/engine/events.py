@@ -57,7 +57,12 @@ class UpdateWeights:
     """New weights arrive, on every rank or on none. The weights themselves travel apart."""
 
 
-Event = AddRequest | AbortRequest | AbandonRequest | UpdateConfig | SwitchBackend | UpdateWeights
+@dataclass(frozen=True)
+class ResetPrefixCache:
+    """Nothing that was computed before is found any more."""
+
+
+Event = AddRequest | AbortRequest | AbandonRequest | UpdateConfig | SwitchBackend | UpdateWeights | ResetPrefixCache
 _COMPARED = AddRequest | AbortRequest  # the others are asked for by rank 0 alone
 
 
@@ -91,8 +96,8 @@ class EventExchange:
     """Collects the local calls between two steps and replaces them by those of rank 0.
 
     Ranks above 0 may make the same calls as rank 0, which is checked, or none, and follow. Updates of the configuration
-    and of the weights, switches of the backend and calls given up are those of rank 0 and not compared: what
-    another rank asks for is nothing but a wish.
+    and of the weights, switches of the backend, resets of the prefix cache and calls given up are those of rank 0 and
+    not compared: what another rank asks for is nothing but a wish.
     """
 
     def __init__(self, group: ByteGroup) -> None:
@@ -168,6 +173,7 @@ _NAMES: dict[type, str] = {
     UpdateConfig: "configure",
     SwitchBackend: "switch",
     UpdateWeights: "weights",
+    ResetPrefixCache: "reset_prefixes",
 }
 
 
@@ -183,6 +189,8 @@ def _decode(record: dict) -> Event:
         return SwitchBackend(**record)
     if kind == "weights":
         return UpdateWeights()
+    if kind == "reset_prefixes":
+        return ResetPrefixCache()
     params = SamplingParams(**record.pop("params"))
     return AddRequest(prompt_token_ids=tuple(record.pop("prompt_token_ids")), params=params, **record)
 

@@ -63,6 +63,7 @@ class Intake:
             "scheduler.max_num_batched_tokens": str(config.inference.scheduler.max_num_batched_tokens),
             "scheduler.speculation": config.inference.scheduler.speculation,
             "scheduler.max_draft_tokens": str(config.inference.scheduler.max_draft_tokens),
+            "cache.prefix_caching": config.config.prefix_caching,
             "tokenizer": "none" if self._tokenizer is None else type(self._tokenizer).__name__,
         }
 

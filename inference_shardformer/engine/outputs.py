@@ -13,7 +13,8 @@ from inference_shardformer.errors import RequestError
 class Usage:
     """What one request cost; `num_recomputed_tokens` were computed again after `num_preemptions` preemptions.
 
-    Of the `num_draft_tokens` guesses that were verified, `num_accepted_draft_tokens` were right.
+    `num_cached_tokens` of the prompt were found in the prefix cache and not computed. Of the `num_draft_tokens` guesses
+    that were verified, `num_accepted_draft_tokens` were right.
     """
 
     num_prompt_tokens: int = 0
@@ -22,6 +23,7 @@ class Usage:
     num_recomputed_tokens: int = 0
     num_draft_tokens: int = 0
     num_accepted_draft_tokens: int = 0
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ class StreamChunk:
 class StepStats:
     """What one step did, and what it left. `config_epoch` is that of the limits it was scheduled with.
 
-    `num_draft_tokens` were verified beside the `num_decode_tokens`.
+    `num_draft_tokens` were verified beside the `num_decode_tokens`. `num_free_blocks` counts those whose contents may
+    still be found. Of the `num_queried_tokens` that admitted requests looked for in the prefix cache,
+    `num_cached_tokens` were found.
     """
 
     num_prefill_tokens: int
@@ -82,3 +86,19 @@ class StepStats:
     seconds: float
     config_epoch: int = 0
     num_draft_tokens: int = 0
+    num_queried_tokens: int = 0
+    num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class PrefixCacheStats:
+    """What came of the prefix cache since the engine was attached.
+
+    Of the `num_queried_tokens` of requests that were admitted, again after a preemption included, `num_cached_tokens`
+    were found. `num_blocks` can be found now, those in use included; `num_reclaimed_blocks` had to give way.
+    """
+
+    num_queried_tokens: int
+    num_cached_tokens: int
+    num_blocks: int
+    num_reclaimed_blocks: int

@@ -11,6 +11,7 @@ from inference_shardformer.engine.logprobs import TokenLogprobs
 from inference_shardformer.engine.sampling_params import ResolvedSampling
 from inference_shardformer.engine.speculative import PromptLookup, num_accepted
 from inference_shardformer.errors import RequestError
+from inference_shardformer.kv_cache.prefix import PrefixNode
 
 FinishReason = Literal["stop", "length", "abort", "rejected"]
 
@@ -32,7 +33,7 @@ class Request:
     `config_epoch` is that of the configuration it was admitted with, whose defaults are in `sampling`. `logprobs` has
     an entry for each output token where they were asked for, else it stays empty; `prompt_logprobs` the same of each
     prompt token but the first, as far as the prompt has run. `drafts` are the guesses that run in the present step
-    behind the last token.
+    behind the last token. `kept` has the nodes of its first blocks in the prefix cache, if it takes part in it.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Request:
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
         self.block_table = array("i")
+        self.kept: list[PrefixNode] | None = None
         self.status = RequestStatus.WAITING
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
@@ -68,6 +70,8 @@ class Request:
         self.num_draft_tokens = 0
         self.num_accepted_draft_tokens = 0
         self.prompt_logprobs: list[TokenLogprobs] = []
+        self.num_cached_tokens = 0
+        self._num_forgotten: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -116,6 +120,12 @@ class Request:
         num_prompt = max(0, min(end, self.num_prompt_tokens) - start)
         return [self.num_prompt_tokens] * num_prompt + list(range(start + num_prompt + 1, end + 1))
 
+    def rope_key(self, start: int, end: int) -> tuple[int, ...]:
+        """Two requests whose tokens `[start, end)` have the same of it see the same rotary frequencies there."""
+        if self.rope_switch_length is not None:
+            return (int(self.num_tokens > self.rope_switch_length),)
+        return tuple(self.rope_lengths(start, end))
+
     def append(self, token_id: int, logprobs: TokenLogprobs | None = None) -> None:
         """Add a generated token. The one that crosses `rope_switch_length` lets all be computed again, in place."""
         self.token_ids.append(token_id)
@@ -153,7 +163,16 @@ class Request:
         self.num_preemptions += 1
         self._compute_again()
 
+    def start_from(self, num_tokens: int) -> None:
+        """Note that the cache holds the first `num_tokens` already; for a preempted request, still or again."""
+        self.num_computed_tokens = num_tokens
+        if self._num_forgotten is None:
+            self.num_cached_tokens = num_tokens
+        else:
+            self.num_recomputed_tokens -= min(num_tokens, self._num_forgotten)
+
     def _compute_again(self) -> None:
+        self._num_forgotten = self.num_computed_tokens
         self.num_recomputed_tokens += self.num_computed_tokens
         self.num_computed_tokens = 0
 

@@ -46,6 +46,7 @@ class ResolvedSampling:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     min_new_tokens: int = 0
+    cache_salt: str | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -85,6 +86,8 @@ class SamplingParams:
     whatever the sampling, and can be compared between requests and with other programs. `prompt_logprobs` k brings the
     same of the prompt's tokens, each after those before it, in the finished output; their logits take memory, so that
     such a prompt runs in chunks of 256 tokens at most.
+    Requests share blocks of the prefix cache with requests of the same `cache_salt` alone; so nobody can tell by the
+    time to the first token what another one has asked.
     Raises `RequestError` that lists every invalid value.
     """
 
@@ -106,6 +109,7 @@ class SamplingParams:
     frequency_penalty: float | None = None
     logit_bias: Bias = ()
     min_new_tokens: int | None = None
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         violations = [violation for violation in self._violations() if violation]
@@ -144,6 +148,7 @@ class SamplingParams:
             frequency_penalty=_given(self.frequency_penalty, 0.0),
             logit_bias=tuple(_pairs(self.logit_bias)),
             min_new_tokens=_given(self.min_new_tokens, 0),
+            cache_salt=self.cache_salt,
         )
 
     def _violations(self) -> list[str | None]:
@@ -168,6 +173,7 @@ class SamplingParams:
             ),
             _logit_bias(self.logit_bias),
             _integer("min_new_tokens", self.min_new_tokens, low=0),
+            _salt(self.cache_salt),
         ]
 
 
@@ -228,6 +234,12 @@ def _pairs(bias: Bias) -> Sequence[tuple[int, float]]:
 def _is_bias(token_id: object, number: object) -> bool:
     is_in_range = number is not None and _number("", number, "", lambda value: abs(value) <= 100) is None
     return is_in_range and _is_integer(token_id) and 0 <= token_id < _BEYOND
+
+
+def _salt(value: object) -> str | None:
+    if value is None or (isinstance(value, str) and value):
+        return None
+    return f"cache_salt={value!r} must be a text that is not empty"
 
 
 def _flag(name: str, value: object) -> str | None:

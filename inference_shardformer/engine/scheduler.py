@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from inference_shardformer.config.inference import SchedulerConfig
 from inference_shardformer.engine.request import Request, RequestStatus
+from inference_shardformer.engine.request_blocks import Looked, RequestBlocks
 from inference_shardformer.errors import StateError
 from inference_shardformer.kv_cache.block_allocator import BlockAllocator
-from inference_shardformer.kv_cache.sizing import blocks_for
+from inference_shardformer.kv_cache.prefix import PrefixCache
 
 MAX_SCORED_TOKENS = 256
 """Prompt tokens of a step that are followed by log-probabilities: each has a row of logits, which take memory."""
@@ -28,7 +29,8 @@ class SchedulerOutput:
     """One step: `scheduled` starts with the `num_decodes` requests that have exactly one token in it.
 
     Behind them come the `num_drafted` requests that run their last token and guesses at the next ones, which are
-    `num_draft_tokens` together; then prompts.
+    `num_draft_tokens` together; then prompts. `looked` counts what those that were admitted looked for in the prefix
+    cache, and found.
     """
 
     scheduled: list[ScheduledRequest] = field(default_factory=list)
@@ -46,6 +48,8 @@ class SchedulerOutput:
     def num_decode_tokens(self) -> int:
         """Requests whose last token runs, with or without drafts."""
         return self.num_decodes + self.num_drafted
+
+    looked: Looked = field(default_factory=Looked)
 
     @property
     def num_tokens(self) -> int:
@@ -65,14 +69,27 @@ class Scheduler:
 
     Blocks for all known tokens of a request are taken on admission, and nobody is admitted behind a prompt that does
     not end in the step. Thus at most the last running request is in the middle of its prompt, and only decoding can run
-    out of blocks.
+    out of blocks. With a prefix cache a request is admitted with the tokens that are in it computed already.
     """
 
-    def __init__(self, allocator: BlockAllocator, *, block_size: int) -> None:
-        self.allocator = allocator
-        self.block_size = block_size
+    def __init__(
+        self,
+        allocator: BlockAllocator,
+        *,
+        block_size: int,
+        prefix_cache: PrefixCache | None = None,
+        with_rope_lengths: bool = False,
+    ) -> None:
+        self.blocks = RequestBlocks(
+            allocator, block_size=block_size, prefix_cache=prefix_cache, with_rope_lengths=with_rope_lengths
+        )
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+
+    @property
+    def allocator(self) -> BlockAllocator:
+        """Who holds which blocks."""
+        return self.blocks.allocator
 
     @property
     def num_unfinished(self) -> int:
@@ -87,17 +104,25 @@ class Scheduler:
         """Choose the next step within `limits` and take the blocks it needs."""
         scheduled: list[ScheduledRequest] = []
         preempted: list[Request] = []
+        looked = Looked()
+        self.blocks.keep_computed(self.running)
         budget = self._schedule_running(scheduled, preempted, limits.max_num_batched_tokens)
         if not preempted:
-            self._admit(scheduled, budget, limits.max_num_seqs)
+            looked = self._admit(scheduled, budget, limits.max_num_seqs)
         decodes = [entry for entry in scheduled if entry.num_new_tokens == 1]
         prefills = [entry for entry in scheduled if entry.num_new_tokens > 1]
         drafted: list[ScheduledRequest] = []
         if limits.speculation != "off" and not preempted:
             budget = limits.max_num_batched_tokens - sum(num_new_tokens for _, num_new_tokens in scheduled)
             decodes, drafted = self._draft(decodes, limits.max_draft_tokens, budget)
-        num_draft_tokens = sum(num_new_tokens - 1 for _, num_new_tokens in drafted)
-        return SchedulerOutput(decodes + drafted + prefills, len(decodes), preempted, len(drafted), num_draft_tokens)
+        return SchedulerOutput(
+            decodes + drafted + prefills,
+            len(decodes),
+            preempted,
+            num_drafted=len(drafted),
+            num_draft_tokens=sum(num_new_tokens - 1 for _, num_new_tokens in drafted),
+            looked=looked,
+        )
 
     def expect(self, limits: SchedulerConfig) -> SchedulerOutput | None:
         """The next step as far as it is certain while the present one runs; takes its blocks, as `schedule` would.
@@ -108,42 +133,47 @@ class Scheduler:
         """
         if limits.speculation != "off" or any(request.num_uncomputed_tokens for request in self.running):
             return None
+        self.blocks.keep_computed(self.running)
         staying = [request for request in self.running if not _gets_its_last_token(request)]
         if not 0 < len(staying) <= limits.max_num_batched_tokens:
             return None
         has_room = bool(self.waiting) and len(staying) < limits.max_num_seqs
         if has_room and len(staying) < len(self.running):
             return None
-        missing = [(request, num) for request in staying if (num := self._missing_blocks(request, 1))]
+        missing = [(request, num) for request in staying if (num := self.blocks.missing(request, 1))]
         if sum(num for _, num in missing) > self.allocator.num_free:
             return None
         for request, num in missing:
-            request.block_table.extend(self.allocator.allocate(num))
+            self.blocks.extend(request, num)
         if has_room and self._may_enter(self.waiting[0]):
             return None
         return SchedulerOutput([ScheduledRequest(request, 1) for request in staying], len(staying))
 
     def finish(self, request: Request) -> None:
-        """Take a finished request out and free its blocks."""
+        """Take a finished request out and free its blocks, which stay findable until they are needed."""
         if request in self.running:
             self.running.remove(request)
         else:
             self.waiting.remove(request)
-        self._release(request)
+        self.blocks.release(request)
+
+    def forget_prefixes(self) -> None:
+        """Let no request find what was computed so far; running requests keep their blocks."""
+        self.blocks.forget_all(self.running)
 
     @property
     def blocks_in_use(self) -> list[int]:
-        """The blocks that hold keys and values of running requests."""
-        return [block for request in self.running for block in request.block_table]
+        """The blocks that hold keys and values of running requests, each once."""
+        return list(dict.fromkeys(block for request in self.running for block in request.block_table))
 
     def check_integrity(self) -> None:
         """Raise `StateError` if queues, block tables and allocator disagree."""
-        self.allocator.check_integrity(request.block_table for request in self.running)
+        self.blocks.check_integrity(self.running)
         for request in self.running:
-            if len(request.block_table) * self.block_size < request.num_computed_tokens:
+            if len(request.block_table) * self.blocks.block_size < request.num_computed_tokens:
                 raise StateError(
                     f"request {request.request_id!r} has {request.num_computed_tokens} computed tokens in "
-                    f"{len(request.block_table)} blocks of {self.block_size}",
+                    f"{len(request.block_table)} blocks of {self.blocks.block_size}",
                     remedy="report this as a bug with the stack trace",
                 )
         if any(request.block_table or request.num_computed_tokens for request in self.waiting):
@@ -154,9 +184,11 @@ class Scheduler:
         position = 0
         while position < len(self.running) and budget > 0:
             request = self.running[position]
-            num_new_tokens = min(_num_runnable(request, MAX_SCORED_TOKENS), budget)
-            if not self._make_room(request, num_new_tokens, preempted):
+            if request.num_computed_tokens == 0:
+                self.blocks.renew(request)
+            if not self._make_room(request, preempted):
                 break
+            num_new_tokens = min(_num_runnable(request, MAX_SCORED_TOKENS), budget)
             scheduled.append(ScheduledRequest(request, num_new_tokens))
             budget = budget - num_new_tokens if num_new_tokens == request.num_uncomputed_tokens else 0
             position += 1
@@ -173,22 +205,20 @@ class Scheduler:
         plain, drafted = [], []
         for entry in decodes:
             request = entry.request
-            spare_blocks = max(0, self.allocator.num_free - len(self.running))
-            num_slots = (len(request.block_table) + spare_blocks) * self.block_size - request.num_tokens
+            num_slots = self.blocks.num_slots(request, spare=len(self.running))
             is_at_its_end = request.num_uncomputed_tokens == 1
-            num_drafts = request.draft(max(0, min(most, budget, num_slots))) if is_at_its_end else 0
+            num_drafts = request.draft(max(0, min(most, budget, num_slots - 1))) if is_at_its_end else 0
             if not num_drafts:
                 plain.append(entry)
                 continue
             budget -= num_drafts
-            missing = self._missing_blocks(request, 1 + num_drafts)
-            request.block_table.extend(self.allocator.allocate(missing))
+            self.blocks.extend(request, self.blocks.missing(request, 1 + num_drafts))
             drafted.append(ScheduledRequest(request, 1 + num_drafts))
         return plain, drafted
 
-    def _make_room(self, request: Request, num_new_tokens: int, preempted: list[Request]) -> bool:
+    def _make_room(self, request: Request, preempted: list[Request]) -> bool:
         """Take the missing blocks of a running request; False if it had to give way itself."""
-        missing = self._missing_blocks(request, num_new_tokens)
+        missing = self.blocks.missing(request, request.num_uncomputed_tokens)
         if missing == 0:
             return True
         while missing > self.allocator.num_free and len(self.running) > 1:
@@ -197,43 +227,37 @@ class Scheduler:
             preempted.append(victim)
             if victim is request:
                 return False
-        request.block_table.extend(self.allocator.allocate(missing))
+        self.blocks.extend(request, missing)
         return True
-
-    def _missing_blocks(self, request: Request, num_new_tokens: int) -> int:
-        num_tokens = request.num_computed_tokens + num_new_tokens - len(request.block_table) * self.block_size
-        return blocks_for(num_tokens, self.block_size) if num_tokens > 0 else 0
 
     def _preempt(self, request: Request) -> None:
         self.running.pop()
-        self._release(request)
+        self.blocks.release(request)
         request.forget_computed()
         request.status = RequestStatus.WAITING
         self.waiting.appendleft(request)
 
-    def _admit(self, scheduled: list[ScheduledRequest], budget: int, max_num_seqs: int) -> None:
+    def _admit(self, scheduled: list[ScheduledRequest], budget: int, max_num_seqs: int) -> Looked:
+        """Admit from the front of the queue; what all of them looked for in the prefix cache, and found."""
+        looked = Looked()
         to_score = MAX_SCORED_TOKENS - sum(_num_scored(*entry) for entry in scheduled)
         while self.waiting and budget > 0 and len(self.running) < max_num_seqs:
             request = self.waiting[0]
-            num_new_tokens = min(_num_runnable(request, to_score), budget)
-            if num_new_tokens == 0 or not self._may_enter(request):
-                return
+            if _num_runnable(request, to_score) == 0 or not self._may_enter(request):
+                break
             self.waiting.popleft()
-            request.block_table.extend(self.allocator.allocate(blocks_for(request.num_tokens, self.block_size)))
+            looked = looked.plus(self.blocks.enter(request))
             request.status = RequestStatus.RUNNING
             self.running.append(request)
+            num_new_tokens = min(_num_runnable(request, to_score), budget)
             scheduled.append(ScheduledRequest(request, num_new_tokens))
-            budget = budget - num_new_tokens if num_new_tokens == request.num_tokens else 0
+            budget = budget - num_new_tokens if num_new_tokens == request.num_uncomputed_tokens else 0
             to_score -= _num_scored(request, num_new_tokens)
+        return looked
 
     def _may_enter(self, request: Request) -> bool:
         """Whether it fits, and leaves a block for each running request, which would soon preempt it for that."""
-        needed = blocks_for(request.num_tokens, self.block_size)
-        return not self.running or needed + len(self.running) <= self.allocator.num_free
-
-    def _release(self, request: Request) -> None:
-        self.allocator.free(request.block_table)
-        del request.block_table[:]
+        return not self.running or self.blocks.fits(request, spare=len(self.running))
 
 
 def _gets_its_last_token(request: Request) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -34,10 +34,19 @@ class WeightUpdates:
 
     A mapping is checked as a whole before anything changes, items of an iterator one by one. Whatever is wrong before
     the first change is a refusal by all ranks; a failure after it ends the engine on all of them, by name.
+    `on_change` is told once there are new weights.
     """
 
-    def __init__(self, writer: WeightWriter | None, *, group: WeightGroup, exchange: EventExchange) -> None:
+    def __init__(
+        self,
+        writer: WeightWriter | None,
+        *,
+        group: WeightGroup,
+        exchange: EventExchange,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
         self._writer = writer
+        self._on_change = on_change
         self._group = group
         self._exchange = exchange
         self._waiting: WeightUpdate | None = None
@@ -86,6 +95,8 @@ class WeightUpdates:
                 ) from found.__cause__
             update.error = CheckpointError(str(found), remedy=_REMEDY)
         update.num_tensors = stream.num_stored
+        if update.num_tensors:
+            self._on_change()
 
     def _known(self) -> WeightWriter:
         if self._writer is None:

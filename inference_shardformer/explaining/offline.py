@@ -99,8 +99,8 @@ def _explain_alone(merged: MergedConfig, host: HostFacts, violations: list[Viola
         "inference.cache.num_blocks": ("auto", AT_ATTACH),
         "inference.cache.memory_limit": memory_limit(merged.inference),
     }
-    names = ("dtype", "max_model_len", "attention.backend", "cache.block_size", "graphs", "weights.compression")
-    for name in (*names, *(f"kernels.{kind.value}" for kind in ComputeKind)):
+    names = ("dtype", "max_model_len", "attention.backend", "cache.block_size", "cache.prefix_caching", "graphs")
+    for name in (*names, "weights.compression", *(f"kernels.{kind.value}" for kind in ComputeKind)):
         decided[f"inference.{name}"] = (merged.value(f"inference.{name}"), _NEEDS_MODEL)
     options = {path: stack.winner.value for path, stack in merged.stacks.items() if open_field(path)}
     return Explanation(decisions_on(merged, decided, options))

@@ -20,6 +20,7 @@ from inference_shardformer.config.resolved import COMPRESSION, TORCH_DTYPES, Bea
 from inference_shardformer.config.shard import ShardConfig
 from inference_shardformer.distributed.all_reduce import AllReduceChoice
 from inference_shardformer.errors import EnvironmentMismatchError
+from inference_shardformer.resolving.prefix_caching import choose_prefix_caching
 
 AT_ATTACH = "decided when the engine is attached, by the memory that is free then"
 _FALLBACK_DTYPE = "fp32"
@@ -117,6 +118,7 @@ def resolve(merged: MergedConfig, *, facts: ModelFacts, host: HostFacts, choices
     max_model_len, length_reason = resolve_length(merged.inference, facts)
     dtype = resolve_dtype(merged.inference, facts)
     overlap = resolve_overlap(merged.inference, host.device)
+    prefix_caching = choose_prefix_caching(merged.inference, facts)
     num_blocks, asked_size = merged.inference.cache.num_blocks, merged.inference.cache.block_size
     decided: dict[str, tuple[object, str]] = {
         "shard.tp_size": (host.tp_size, "the size of the process group"),
@@ -129,6 +131,7 @@ def resolve(merged: MergedConfig, *, facts: ModelFacts, host: HostFacts, choices
         "inference.cache.block_size": choices.block_size,
         "inference.graphs": (choices.graphs[0] or "none", choices.graphs[1]),
         "inference.scheduler.overlap": overlap,
+        "inference.cache.prefix_caching": prefix_caching,
         COMPRESSION: choices.compression,
         "inference.cache.num_blocks": (num_blocks, AT_ATTACH),
         "inference.cache.memory_limit": memory_limit(merged.inference),
@@ -149,6 +152,7 @@ def resolve(merged: MergedConfig, *, facts: ModelFacts, host: HostFacts, choices
         block_size=choices.block_size[0] if asked_size == "auto" else asked_size,
         graphs=choices.graphs[0] or "none",
         overlap=overlap.value,
+        prefix_caching=prefix_caching.value,
         compression=choices.compression.value,
         kernels=tuple((path.rpartition(".")[2], decided.value) for path, decided in choices.kernels.items()),
     )

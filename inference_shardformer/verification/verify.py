@@ -84,6 +84,7 @@ def _config(reference: Reference, attention_backend: str) -> InferenceConfig:
             "cache": {
                 "block_size": _BLOCK_SIZE,
                 "num_blocks": sum(len(sequence) // _BLOCK_SIZE + 2 for sequence in reference.sequences),
+                "prefix_caching": "off",  # every token is to be compared
             },
             "scheduler": {"max_num_batched_tokens": max(map(len, reference.prompts)) + 1},  # not all fit into one step
         }

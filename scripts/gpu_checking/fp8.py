@@ -111,6 +111,7 @@ def _engine_logits(
             lambda module, args, output: hidden.append(output.last_hidden_state.flatten(0, -2).clone())
         )
         for sequence in sequences:
+            engine.reset_prefix_cache()  # every token is to be computed
             engine.generate([sequence], SamplingParams(max_new_tokens=1, ignore_eos=True))
         with torch.inference_mode():
             logits = model.get_submodule("lm_head")(torch.cat(hidden)).float()[:, : model.config.vocab_size].clone()

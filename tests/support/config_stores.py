@@ -29,6 +29,7 @@ DECIDED = {
     "inference.cache.block_size": ("block_size", 32),
     "inference.graphs": ("graphs", 24),
     "inference.scheduler.overlap": ("overlap", "on"),
+    "inference.cache.prefix_caching": ("prefix_caching", "on"),
     "inference.weights.compression": ("compression", "lossless"),
 }
 

@@ -48,6 +48,7 @@ def engine_logits(
     hook = decoder.register_forward_hook(keep)
     for sequence in sequences:
         hidden.clear()
+        engine.reset_prefix_cache()  # every token is to be computed
         engine.generate([sequence], SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True))
         with torch.inference_mode():
             mine = head(torch.cat(hidden)[: len(sequence)]).float()

@@ -151,6 +151,7 @@ class Setup:
     poison: int = -1
     overlap: str = "off"
     speculation: str = "off"
+    prefix_caching: str = "off"
 
     def config(self) -> ResolvedConfig:
         inference = InferenceConfig(
@@ -165,7 +166,9 @@ class Setup:
             prompt=PromptConfig(template=self.template),
         )
         decided = (1, "cpu", 1, "fp32", "plain", self.max_model_len, ())
-        return ResolvedConfig(ShardConfig(), inference, *decided, overlap=self.overlap)
+        return ResolvedConfig(
+            ShardConfig(), inference, *decided, overlap=self.overlap, prefix_caching=self.prefix_caching
+        )
 
     def facts(self) -> ModelFacts:
         return ModelFacts(

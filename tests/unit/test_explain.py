@@ -86,6 +86,7 @@ def test_without_a_model_what_needs_one_says_so():
         "inference.dtype",
         "inference.max_model_len",
         "inference.attention.backend",
+        "inference.cache.prefix_caching",
         "inference.graphs",
         COMPRESSION,
         *kernels,

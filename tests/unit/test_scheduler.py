@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from inference_shardformer.config.inference import SamplingDefaults, SchedulerConfig
 from inference_shardformer.engine.request import Request, RequestStatus
+from inference_shardformer.engine.request_blocks import RequestBlocks
 from inference_shardformer.engine.sampling_params import SamplingParams
 from inference_shardformer.engine.scheduler import Scheduler, SchedulerOutput
 from inference_shardformer.errors import StateError
@@ -241,7 +242,7 @@ def test_integrity_check_sees_missing_blocks() -> None:
         scheduler.check_integrity()
     scheduler.waiting.append(request)
     scheduler.running.clear()
-    scheduler.allocator = BlockAllocator(4)
+    scheduler.blocks = RequestBlocks(BlockAllocator(4), block_size=4)
     with pytest.raises(StateError, match="waiting request holds blocks"):
         scheduler.check_integrity()
 

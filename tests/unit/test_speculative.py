@@ -85,13 +85,14 @@ def test_accepted_are_the_leading_drafts_that_were_chosen(drafts: list, chosen: 
         {"num_blocks": 60, "block_size": 1, "max_num_batched_tokens": 64},
         {"num_blocks": 60, "max_num_seqs": 3},
         {"num_blocks": 64, "max_num_batched_tokens": 1},
+        {"num_blocks": 20, "prefix_caching": "on", "length_dependent_rope": True},
     ],
-    ids=["roomy", "small cache", "chunks in a small cache", "block of one", "few seats", "one token a step"],
+    ids=["roomy", "small cache", "chunks in a small cache", "block of one", "few seats", "one token a step", "shared"],
 )
 @pytest.mark.parametrize(
     "sampling",
     [
-        {"logprobs": 1},
+        {"logprobs": 1, "prompt_logprobs": 1},
         {"temperature": 0.9, "min_new_tokens": 1, "min_p": 0.1},
         {"repetition_penalty": 1.3, "frequency_penalty": 0.2, "temperature": 0.5, "logit_bias": {97: 0.5}},
     ],
@@ -114,6 +115,7 @@ def test_tokens_are_those_without_guesses(tiny: SimpleNamespace, limits: dict, s
     assert [output.token_ids for output in outputs] == [output.token_ids for output in without]
     assert [output.text for output in outputs] == [output.text for output in without]
     assert [output.logprobs for output in outputs] == [output.logprobs for output in without]
+    assert [output.prompt_logprobs for output in outputs] == [output.prompt_logprobs for output in without]
     num_drafts = sum(output.usage.num_draft_tokens for output in outputs)
     num_right = sum(output.usage.num_accepted_draft_tokens for output in outputs)
     assert num_drafts == sum(step.num_draft_tokens for step in stats)
