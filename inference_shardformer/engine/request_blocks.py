@@ -57,6 +57,19 @@ class RequestBlocks:
             return False
         return needed - sum(self.allocator.is_held(node.block) for node in self._find(request)) <= num_free
 
+    def should_wait(self, request: Request, present: Iterable[tuple[Request, int]]) -> bool:
+        """Whether half or more of what a waiting request lacks can be found after this step.
+
+        `present` are requests of this step, each with its number of new tokens.
+        """
+        if self.prefix_cache is None:
+            return False
+        common = max((self._num_common(request, other, num_new) for other, num_new in present), default=0)
+        if not common:
+            return False
+        num_found = len(self._find(request))
+        return 2 * (common - num_found) * self.block_size >= request.num_tokens - num_found * self.block_size
+
     def enter(self, request: Request) -> Looked:
         """Give a request blocks for all its known tokens; it goes on after those that the cache holds."""
         self._start(request)
@@ -133,6 +146,16 @@ class RequestBlocks:
         """Known blocks at the start of a request, but never all its tokens: the last one brings the logits."""
         keys = self._keys(request, self._num_shareable(request))
         return [] if self.prefix_cache is None else self.prefix_cache.find(request.sampling.cache_salt, keys)
+
+    def _num_common(self, request: Request, other: Request, num_new_tokens: int) -> int:
+        """Full blocks that `other` has computed after this step, and `request` begins with as well."""
+        if other.kept is None or other.sampling.cache_salt != request.sampling.cache_salt:
+            return 0
+        most = min(self._num_shareable(request), (other.num_computed_tokens + num_new_tokens) // self.block_size)
+        for index in range(most):
+            if self._key(request, index) != self._key(other, index):
+                return index
+        return most
 
     def _num_shareable(self, request: Request) -> int:
         """Blocks behind whose tokens no logits are needed."""

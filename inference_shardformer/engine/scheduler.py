@@ -69,7 +69,8 @@ class Scheduler:
 
     Blocks for all known tokens of a request are taken on admission, and nobody is admitted behind a prompt that does
     not end in the step. Thus at most the last running request is in the middle of its prompt, and only decoding can run
-    out of blocks. With a prefix cache a request is admitted with the tokens that are in it computed already.
+    out of blocks. With a prefix cache a request is admitted with the tokens that are in it computed already, and waits
+    for a step, with all behind it, that computes most of the others.
     """
 
     def __init__(
@@ -243,7 +244,10 @@ class Scheduler:
         to_score = MAX_SCORED_TOKENS - sum(_num_scored(*entry) for entry in scheduled)
         while self.waiting and budget > 0 and len(self.running) < max_num_seqs:
             request = self.waiting[0]
+            prefills = (entry for entry in scheduled if entry.num_new_tokens > 1)
             if _num_runnable(request, to_score) == 0 or not self._may_enter(request):
+                break
+            if self.blocks.should_wait(request, prefills):
                 break
             self.waiting.popleft()
             looked = looked.plus(self.blocks.enter(request))

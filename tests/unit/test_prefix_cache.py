@@ -103,6 +103,8 @@ def test_any_life_reads_what_it_would_have_computed(seed: int, block_size: int, 
     scheduler, capacity = machine.scheduler, num_blocks * block_size
     switch = rope if isinstance(rope, int) else None
     requests: list[Request] = []
+    if seed % 2:  # so that the same is computed twice at a time
+        scheduler.blocks.should_wait = lambda *of: False
     for moment in range(400):
         if moment < 60 and rng.random() < 0.5:
             prompt = [rng.choice([0, 0, 0, 1]) for _ in range(rng.randint(1, capacity))]
@@ -191,9 +193,40 @@ def test_capacity_knows_what_is_shared() -> None:
     assert stranger.scheduler.running == [first]
 
 
+def test_what_begins_like_a_prompt_of_the_step_waits_for_it() -> None:
+    machine = Machine(64, 4)
+    names = [[*range(16), *range(50 + i, 57 + i)] for i in range(3)]  # 16 of 23 tokens in common
+    stranger, little = _request(range(90, 99)), _request([*range(4), *range(70, 79)])
+    requests = [stranger, *map(_request, names), little]
+    for request in requests:
+        machine.scheduler.add(request)
+    assert [num for _, num in machine.step().scheduled] == [9, 23]
+    assert [num for _, num in machine.step().scheduled] == [7, 7, 9]
+    assert [request.num_cached_tokens for request in requests] == [0, 0, 16, 16, 4]
+
+
+def test_nobody_waits_for_little_or_for_what_cannot_be_found() -> None:
+    machine = Machine(64, 4)
+    running = _request(range(9), 12)
+    machine.scheduler.add(running)
+    machine.scheduler.add(_request([*range(4), *range(70, 76)]))  # 4 of 10 tokens in common
+    assert len(machine.step().scheduled) == 2
+    salted = [_request(range(40, 49), salt=salt) for salt in (None, "a")]
+    for request in salted:
+        machine.scheduler.add(request)
+    assert len(machine.step().scheduled) == 3
+    late = [_request(range(60, 90)), _request(range(60, 90))]
+    machine.scheduler.add(late[0])
+    machine.step(SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=9))
+    machine.scheduler.forget_prefixes()  # the rest of it will not be found
+    machine.scheduler.add(late[1])
+    assert {request for request, _ in machine.step().scheduled} == {running, *late}
+
+
 def test_the_same_computed_twice_is_kept_once() -> None:
     machine = Machine(16, 4)
     twins = [_request(range(9), 4), _request(range(9), 4)]
+    machine.scheduler.blocks.should_wait = lambda *of: False
     for twin in twins:
         machine.scheduler.add(twin)
     machine.step()
