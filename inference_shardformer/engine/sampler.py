@@ -158,6 +158,8 @@ class Sampler:
 
 def _needs_no_logits_of_others(request: SampledRow) -> bool:
     sampling = request.sampling
+    if sampling.takes_likeliest:
+        return True
     changes_logits = sampling.looks_back or bool(sampling.logit_bias) or may_not_end(request)
     return sampling.is_greedy and not changes_logits
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral, Real
 from typing import TypeGuard, TypeVar
 
@@ -52,6 +53,11 @@ class ResolvedSampling:
     def is_greedy(self) -> bool:
         """Whether the likeliest token always wins."""
         return self.temperature == 0.0
+
+    @cached_property
+    def takes_likeliest(self) -> bool:
+        """Whether the model's likeliest token wins, from the first to the last."""
+        return self.is_greedy and not (self.looks_back or self.logit_bias or self.min_new_tokens)
 
     @property
     def looks_back(self) -> bool:
