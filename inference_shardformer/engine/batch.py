@@ -207,7 +207,8 @@ def _pack(
         num_drafts = len(request.drafts)
         start, end = request.num_computed_tokens, request.num_computed_tokens + num_new_tokens - num_drafts
         tokens.place(request, start, end, block_size)
-        tokens.score_prompt(request, start, end)
+        if request.sampling.prompt_logprobs is not None:
+            tokens.score_prompt(request, start, end)
         tokens.token_ids += request.token_ids[start:end] if sampled is None else [sampled.rows[request]]
         if with_rope_lengths:
             tokens.rope_lengths += request.rope_lengths(start, end + num_drafts)
@@ -215,7 +216,8 @@ def _pack(
             tokens.logits_indices.append(len(tokens.token_ids) - 1)
             tokens.requests_to_sample.append(request)
             tokens.rows.append(request)
-        tokens.draft(request, block_size)
+        if request.drafts:
+            tokens.draft(request, block_size)
     return tokens
 
 

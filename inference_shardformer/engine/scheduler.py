@@ -241,6 +241,8 @@ class Scheduler:
     def _admit(self, scheduled: list[ScheduledRequest], budget: int, max_num_seqs: int) -> Looked:
         """Admit from the front of the queue; what all of them looked for in the prefix cache, and found."""
         looked = Looked()
+        if not self.waiting:
+            return looked
         to_score = MAX_SCORED_TOKENS - sum(_num_scored(*entry) for entry in scheduled)
         while self.waiting and budget > 0 and len(self.running) < max_num_seqs:
             request = self.waiting[0]
@@ -277,6 +279,8 @@ def _num_scored(request: Request, num_new_tokens: int) -> int:
 
 def _num_runnable(request: Request, to_score: int) -> int:
     """How many tokens of a request may run where at most `to_score` are followed by log-probabilities."""
+    if request.sampling.prompt_logprobs is None:
+        return request.num_uncomputed_tokens
     unscored = request.unscored_positions(request.num_computed_tokens, request.num_tokens)
     if len(unscored) <= to_score:
         return request.num_uncomputed_tokens
