@@ -14,6 +14,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from inference_shardformer.errors import EnvironmentMismatchError
 
+JOIN_TIMEOUT_S = 60.0  # ranks arrive as far apart as their imports take
+
 _REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LAST_PORT = 65535
 
@@ -59,12 +61,13 @@ class RankEnvironment:
 def ensure_process_group(device: torch.device, timeout_s: float, *, with_nccl: bool = True) -> bool:
     """Make the default process group from the launcher's variables when there is none; gloo alone on the CPU.
 
-    Returns whether it was made here, so that whoever made it ends it. Without a launcher nothing is made.
+    Returns whether it was made here, so that whoever made it ends it. Without a launcher nothing is made. Ranks may
+    arrive a minute apart, however short `timeout_s` is.
     """
     if dist.is_initialized() or not (environment := RankEnvironment.detect()).is_torchrun:
         return False
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and with_nccl else "gloo"
-    timeout = timedelta(seconds=timeout_s)
+    timeout = timedelta(seconds=max(timeout_s, JOIN_TIMEOUT_S))
     with _meeting(environment):
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
         # the launcher's store outlives the group, and a later group must not read what an earlier one left in it

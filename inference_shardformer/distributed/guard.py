@@ -10,11 +10,12 @@ from types import TracebackType
 from typing import TypeVar
 
 from inference_shardformer.distributed.board import FAILURE, Board, Seat
+from inference_shardformer.distributed.environment import JOIN_TIMEOUT_S
 from inference_shardformer.distributed.hub import HubBoard
 from inference_shardformer.distributed.member import MemberBoard
 from inference_shardformer.distributed.records import FailureRecord, Outcome, error_of_phase
 from inference_shardformer.distributed.stall import Progress
-from inference_shardformer.distributed.tensor_parallel import JOIN_TIMEOUT_S, TensorParallelGroup, joining
+from inference_shardformer.distributed.tensor_parallel import TensorParallelGroup, joining
 from inference_shardformer.distributed.wire import connect_to_leader
 from inference_shardformer.errors import EnvironmentMismatchError, StateError
 

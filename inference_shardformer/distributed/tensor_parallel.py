@@ -20,6 +20,7 @@ from inference_shardformer.distributed.all_reduce import (
 )
 from inference_shardformer.distributed.choosing import Meeting, choose_all_reduce
 from inference_shardformer.distributed.devices import refuse_shared_devices
+from inference_shardformer.distributed.environment import JOIN_TIMEOUT_S
 from inference_shardformer.distributed.exchange import Exchange, ProcessGroupExchange
 from inference_shardformer.distributed.over_host import OverHost
 from inference_shardformer.distributed.shm import ShmAllReduce
@@ -29,7 +30,6 @@ T = TypeVar("T")
 
 _HEADER_BYTES = 8
 _INLINE_BYTES = 1024 - _HEADER_BYTES
-JOIN_TIMEOUT_S = 60.0  # ranks arrive as far apart as their imports take
 
 
 class TensorParallelGroup:
