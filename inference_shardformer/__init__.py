@@ -10,6 +10,7 @@ from inference_shardformer.importing import collection_paused
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "AsyncEngine": "inference_shardformer.engine.async_engine",
     "ConfigSources": "inference_shardformer.config.sources",
     "InferenceConfig": "inference_shardformer.config.inference",
     "InferenceEngine": "inference_shardformer.engine.engine",
@@ -26,6 +27,7 @@ _EXPORTS = {
     "verify_sharding": "inference_shardformer.verification.verify",
 }
 __all__ = [
+    "AsyncEngine",
     "ConfigSources",
     "InferenceConfig",
     "InferenceEngine",
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from inference_shardformer.config.shard import ShardConfig
     from inference_shardformer.config.sources import ConfigSources
     from inference_shardformer.drafting.draft import derive_policy, draft_policy
+    from inference_shardformer.engine.async_engine import AsyncEngine
     from inference_shardformer.engine.engine import InferenceEngine
     from inference_shardformer.engine.outputs import RequestOutput
     from inference_shardformer.engine.sampling_params import SamplingParams

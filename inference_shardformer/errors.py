@@ -12,8 +12,10 @@ InferenceShardformerError
 ├── CheckpointError (ValueError)        the checkpoint is missing, corrupt or incomplete
 ├── BackendUnavailableError (RuntimeError)  a compute backend cannot serve this model here
 ├── EnvironmentMismatchError (RuntimeError) world size, device or process group do not fit the request
+│   └── MissingExtraError               an optional part was asked for and is not installed
 ├── PluginError (RuntimeError)          a plug-in failed to load or broke its contract
 ├── CapacityError (RuntimeError)        memory or cache cannot hold what was asked
+│   └── QueueFullError                  as many requests wait as may
 ├── RequestError (ValueError)           one request is invalid; others are not affected
 ├── StateError (RuntimeError)           a call that is illegal in the current state
 └── RankFailure (RuntimeError)          a rank raised, died or stalled; the same on every rank
@@ -103,6 +105,12 @@ class EnvironmentMismatchError(InferenceShardformerError, RuntimeError):
     exit_code = 3
 
 
+class MissingExtraError(EnvironmentMismatchError):
+    """An optional part of this package was asked for and is not installed."""
+
+    code = "missing_extra"
+
+
 class PluginError(InferenceShardformerError, RuntimeError):
     """A plug-in failed to load, is registered twice, or broke its contract."""
 
@@ -115,6 +123,12 @@ class CapacityError(InferenceShardformerError, RuntimeError):
 
     code = "capacity"
     exit_code = 2
+
+
+class QueueFullError(CapacityError):
+    """As many requests wait as may. Nothing is wrong with this one."""
+
+    code = "queue_full"
 
 
 class RequestError(InferenceShardformerError, ValueError):

@@ -13,6 +13,7 @@ from inference_shardformer.engine.backend_switch import BackendSwitches
 from inference_shardformer.engine.detokenizer import RequestText, Tokenizer
 from inference_shardformer.engine.events import (
     AddRequest,
+    Dismiss,
     Event,
     EventExchange,
     ResetPrefixCache,
@@ -95,6 +96,7 @@ class EngineCore:
         self.exchange = exchange
         self.live: dict[str, LiveRequest] = {}
         self.num_added = 0
+        self.is_dismissed = False
         self._intake = intake
         self._config = config
         self._updates = updates
@@ -162,6 +164,8 @@ class EngineCore:
                 self.weights.settle()
         elif isinstance(event, ResetPrefixCache):
             self.scheduler.forget_prefixes()
+        elif isinstance(event, Dismiss):
+            self.is_dismissed = True
         elif event.request_id in self.live:
             self._end(self.live[event.request_id], "abort")
 

@@ -8,7 +8,7 @@ from inference_shardformer.engine.backend_switch import BackendChange
 from inference_shardformer.engine.calls import Call, Outbox, rejected, summary
 from inference_shardformer.engine.core import EngineCore
 from inference_shardformer.engine.distribution import derived_seed
-from inference_shardformer.engine.events import AbandonRequest, AbortRequest, AddRequest, ResetPrefixCache
+from inference_shardformer.engine.events import AbandonRequest, AbortRequest, AddRequest, Dismiss, ResetPrefixCache
 from inference_shardformer.engine.intake import Intake, Prompt, ValidPrompt
 from inference_shardformer.engine.outputs import PrefixCacheStats, RequestOutput, StepStats
 from inference_shardformer.engine.sampling_params import SamplingParams
@@ -59,12 +59,25 @@ class RequestDesk:
 
     def add(self, prompt: Prompt, params: SamplingParams, request_id: str | None) -> str:
         """Validate and queue one request; `take()` hands out its output. Returns its id."""
-        if request_id is not None and (not isinstance(request_id, str) or self._is_known(request_id)):
-            raise RequestError(
-                f"request_id={request_id!r} is not text, or is in use",
-                remedy="choose another, reuse it once the request has finished, or leave it out",
-            )
+        self._refuse_used(request_id)
         return self._post(self._intake.validate(prompt, params), index=0, request_id=request_id)
+
+    def add_stream(self, prompt: Prompt, params: SamplingParams, request_id: str | None) -> Call:
+        """Validate and queue one request, whose chunks and output the call gets that is returned."""
+        self._refuse_used(request_id)
+        call = Call(is_streaming=True)
+        valid = self._intake.validate(prompt, params)
+        self._outbox.expect(self._post(valid, index=0, request_id=request_id), call)
+        return call
+
+    def dismiss(self) -> None:
+        """Let the ranks go that follow; takes effect in the next step."""
+        self._exchange.post(Dismiss())
+
+    def take_dismissal(self) -> bool:
+        """Whether rank 0 let this rank go since the last call."""
+        is_dismissed, self._core.is_dismissed = self._core.is_dismissed, False
+        return is_dismissed
 
     def switch_backend(self, name: str) -> BackendChange:
         """Ask for another attention backend."""
@@ -112,6 +125,10 @@ class RequestDesk:
         """The outputs that no call asked for, once."""
         return self._outbox.take()
 
+    def validate_one(self, prompt: Prompt, params: SamplingParams) -> ValidPrompt:
+        """What `add` would queue. Reads the configuration alone, so nobody needs the engine's lock for it."""
+        return self._intake.validate(prompt, params)
+
     def abandon(self, call: Call) -> None:
         """Give up what a call left that did not come to its end: at once, or in the next step of several ranks.
 
@@ -140,6 +157,13 @@ class RequestDesk:
         while self._is_known(f"request-{number}"):
             number += 1
         return f"request-{number}"
+
+    def _refuse_used(self, request_id: str | None) -> None:
+        if request_id is not None and (not isinstance(request_id, str) or self._is_known(request_id)):
+            raise RequestError(
+                f"request_id={request_id!r} is not text, or is in use",
+                remedy="choose another, reuse it once the request has finished, or leave it out",
+            )
 
     def _is_known(self, request_id: str) -> bool:
         return request_id in self._core.live or self._exchange.adds(request_id)

@@ -26,7 +26,7 @@ from inference_shardformer.engine.outputs import PrefixCacheStats, RequestOutput
 from inference_shardformer.engine.sampling_params import SamplingParams
 from inference_shardformer.engine.weight_stream import WeightWriter
 from inference_shardformer.engine.weight_updates import Weights
-from inference_shardformer.errors import RequestError
+from inference_shardformer.errors import RequestError, StateError
 from inference_shardformer.kv_cache.cache import PagedKVCache
 
 
@@ -60,6 +60,7 @@ class InferenceEngine:
         self.tokenizer = tokenizer
         graphs = decode_graphs(config, group.device)
         self._runner: ModelRunner | None = ModelRunner(model, attention=attention, kv_cache=kv_cache, graphs=graphs)
+        self.rank = group.rank
         self._is_alone = group.size == 1
         parts = assemble(
             self._runner,
@@ -154,11 +155,45 @@ class InferenceEngine:
             params = SamplingParams() if sampling_params is None else sampling_params
             return self._access.desk("add_request()").add(prompt, params, request_id)
 
-    def step(self) -> list[RequestOutput]:
+    def add_stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> Call:
+        """Queue one request whose chunks and output gather in the `Call` that is returned, while others `step()`."""
+        with self._access.lock:
+            params = SamplingParams() if sampling_params is None else sampling_params
+            return self._access.desk("add_stream()").add_stream(prompt, params, request_id)
+
+    def validate(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> tuple[int, ...]:
+        """The token ids with which `add_request` would queue a prompt; raises `RequestError` as that would.
+
+        Nothing is queued, and no step is waited for.
+        """
+        params = SamplingParams() if sampling_params is None else sampling_params
+        return self._access.desk("validate()").validate_one(prompt, params).token_ids
+
+    def step(self, *, on_step: Callable[[StepStats], None] | None = None) -> list[RequestOutput]:
         """Run one step; the outputs of added requests that have finished since the last call."""
         with self._access.lock:
-            self._access.step("step()")
-            return self._access.desk("step()").take()
+            stats = self._access.step("step()")
+            outputs = self._access.desk("step()").take()
+        if on_step is not None:
+            on_step(stats)
+        return outputs
+
+    def follow(self) -> None:
+        """Step with rank 0 until that calls `dismiss()`; for a rank above 0 that makes no other calls."""
+        if self.rank == 0:
+            raise StateError("follow() on rank 0", remedy="rank 0 makes the calls that the other ranks follow")
+        while not self._access.desk("follow()").take_dismissal():
+            self.step()
+
+    def dismiss(self) -> None:
+        """Let the other ranks return from `follow()`. Runs one step if there are any."""
+        if self._is_alone:
+            return
+        with self._access.lock:
+            self._access.desk("dismiss()").dismiss()
+            self._access.step("dismiss()")
 
     def abort(self, request_id: str) -> bool:
         """End a request early; False if it is unknown or has finished.

@@ -62,7 +62,21 @@ class ResetPrefixCache:
     """Nothing that was computed before is found any more."""
 
 
-Event = AddRequest | AbortRequest | AbandonRequest | UpdateConfig | SwitchBackend | UpdateWeights | ResetPrefixCache
+@dataclass(frozen=True)
+class Dismiss:
+    """The ranks that follow rank 0 need not do so any longer."""
+
+
+Event = (
+    AddRequest
+    | AbortRequest
+    | AbandonRequest
+    | UpdateConfig
+    | SwitchBackend
+    | UpdateWeights
+    | ResetPrefixCache
+    | Dismiss
+)
 _COMPARED = AddRequest | AbortRequest  # the others are asked for by rank 0 alone
 
 
@@ -96,8 +110,8 @@ class EventExchange:
     """Collects the local calls between two steps and replaces them by those of rank 0.
 
     Ranks above 0 may make the same calls as rank 0, which is checked, or none, and follow. Updates of the configuration
-    and of the weights, switches of the backend, resets of the prefix cache and calls given up are those of rank 0 and
-    not compared: what another rank asks for is nothing but a wish.
+    and of the weights, switches of the backend, resets of the prefix cache, calls given up and the end of following are
+    those of rank 0 and not compared: what another rank asks for is nothing but a wish.
     """
 
     def __init__(self, group: ByteGroup) -> None:
@@ -166,7 +180,7 @@ def decode_events(payload: bytes) -> list[Event]:
     return [_decode(record) for record in json.loads(payload)]
 
 
-_NAMES: dict[type, str] = {
+_NAMES: dict[type[Event], str] = {
     AddRequest: "add",
     AbortRequest: "abort",
     AbandonRequest: "abandon",
@@ -174,23 +188,15 @@ _NAMES: dict[type, str] = {
     SwitchBackend: "switch",
     UpdateWeights: "weights",
     ResetPrefixCache: "reset_prefixes",
+    Dismiss: "dismiss",
 }
+_TYPES: dict[str, type[Event]] = {name: kind for kind, name in _NAMES.items()}
 
 
 def _decode(record: dict) -> Event:
-    kind = record.pop("type")
-    if kind == "abort":
-        return AbortRequest(**record)
-    if kind == "abandon":
-        return AbandonRequest(**record)
-    if kind == "configure":
-        return UpdateConfig(**record)
-    if kind == "switch":
-        return SwitchBackend(**record)
-    if kind == "weights":
-        return UpdateWeights()
-    if kind == "reset_prefixes":
-        return ResetPrefixCache()
+    kind = _TYPES[record.pop("type")]
+    if kind is not AddRequest:
+        return kind(**record)
     params = SamplingParams(**record.pop("params"))
     return AddRequest(prompt_token_ids=tuple(record.pop("prompt_token_ids")), params=params, **record)
 

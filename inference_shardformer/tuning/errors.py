@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from inference_shardformer.errors import ConfigError, EnvironmentMismatchError
+from inference_shardformer.errors import ConfigError
 
 
 class TuningProfileError(ConfigError):
     """A tuning profile is missing, unreadable, edited, stale, or made for other shapes."""
 
     code = "tuning_profile"
-
-
-class MissingExtraError(EnvironmentMismatchError):
-    """An optional part of this package was asked for and is not installed."""
-
-    code = "missing_extra"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inference_shardformer.errors import ConfigError
-from inference_shardformer.tuning.errors import MissingExtraError
+from inference_shardformer.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,10 +15,9 @@ from inference_shardformer.cli import bench_backends_view
 from inference_shardformer.cli.main import main
 from inference_shardformer.config.loader import gather
 from inference_shardformer.config.violations import ConfigViolations
-from inference_shardformer.errors import BackendUnavailableError, ConfigError
+from inference_shardformer.errors import BackendUnavailableError, ConfigError, MissingExtraError
 from inference_shardformer.tuning import plot, session
 from inference_shardformer.tuning.comparison import Comparison
-from inference_shardformer.tuning.errors import MissingExtraError
 from inference_shardformer.tuning.profile import TuningProfile
 
 GRID = ("--batches", "1", "--lengths", "8", "--repeat", "1", "--set", "cache.block_size=4", "--device", "cpu")
