@@ -30,7 +30,7 @@ PINS
 # What meets torch and transformers: models, policies, weights, engine, ranks, and the bridge. Left out are parts that
 # meet neither (configuration, migration, command line), and the longest searches, which the current stack runs.
 selection=(tests/unit tests/attention/test_*.py tests/e2e/test_parity.py tests/e2e/test_demo_model.py tests/distributed/test_group.py)
-for name in config migrate cli tuning selection_golden architecture bench doctor probes mutations; do
+for name in config migrate cli tuning selection_golden architecture bench doctor probes mutations serving; do
   for file in tests/unit/test_"$name"*.py; do
     if [ -e "$file" ]; then selection+=("--ignore=$file"); fi
   done

@@ -15,6 +15,7 @@ from inference_shardformer.cli import explain as explain_command
 from inference_shardformer.cli import generate as generate_command
 from inference_shardformer.cli import migrate as migrate_command
 from inference_shardformer.cli import plan as plan_command
+from inference_shardformer.cli import serve as serve_command
 from inference_shardformer.cli import verify as verify_command
 from inference_shardformer.cli.parser import ArgumentParser, add_version
 from inference_shardformer.cli.ranks import has_launcher_of_ours, is_main_rank, name_of_other_rank, note_reported
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(words)
     except BrokenPipeError:  # the reader of our output has gone; nothing more can be said to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        note_reported()
+        note_reported(EXIT_INTERNAL)
         return EXIT_INTERNAL
 
 
@@ -53,6 +54,7 @@ def build_parser() -> ArgumentParser:
     add_version(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=ArgumentParser)
     generate_command.add_command(commands)
+    serve_command.add_command(commands)
     bench_command.add_command(commands)
     doctor_command.add_command(commands)
     explain_command.add_command(commands)
@@ -68,8 +70,8 @@ def _run(words: Sequence[str]) -> int:
     try:
         args = build_parser().parse_args(words)
         code = int(args.run(args, words))
-        if code and is_main_rank():
-            note_reported()
+        if is_main_rank():
+            note_reported(code)
         return code
     except SystemExit as exc:  # --help and --version
         return exc.code if isinstance(exc.code, int) else 0
@@ -92,7 +94,7 @@ def _fail(error: InferenceShardformerError, words: Sequence[str]) -> int:
         time.sleep(_MAIN_RANK_SPEAKS_S)
     if is_main_rank() or not error.is_shared:
         report_error(error, as_json="--json" in words, debug="--debug" in words, speaker=name_of_other_rank())
-        note_reported()
+        note_reported(error.exit_code)
     return error.exit_code
 
 

@@ -13,6 +13,7 @@ from inference_shardformer.config.shard import ShardConfig
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _REPORTED_VARIABLE = "SHARDFORMER_COMMAND_REPORTED"  # a file; not under the prefix that is reserved for settings
+_EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
 def is_launched() -> bool:
@@ -35,10 +36,10 @@ def has_launcher_of_ours() -> bool:
     return _REPORTED_VARIABLE in os.environ
 
 
-def note_reported() -> None:
-    """Tell the command that started this rank that the error has been shown."""
+def note_reported(code: int) -> None:
+    """Tell the command that started this rank that it ends with this code, and that an error has been shown."""
     if has_launcher_of_ours():
-        Path(os.environ[_REPORTED_VARIABLE]).touch()
+        Path(os.environ[_REPORTED_VARIABLE]).write_text(str(code), encoding="ascii")
 
 
 def ranks_to_launch(shard: ShardConfig) -> int:
@@ -50,7 +51,8 @@ def ranks_to_launch(shard: ShardConfig) -> int:
 def launch(words: Sequence[str], *, num_ranks: int) -> int:
     """Run this command line on `num_ranks` ranks of this machine; their exit code.
 
-    The main rank reports errors. Raises `LostRankError` when it had no chance to.
+    The main rank reports errors. Raises `LostRankError` when it had no chance to. Where SIGTERM ended the launcher,
+    the code is that with which the main rank ended by itself.
     """
     from inference_shardformer.distributed.launch import launch_ranks
 
@@ -63,12 +65,15 @@ def launch(words: Sequence[str], *, num_ranks: int) -> int:
             del os.environ[_REPORTED_VARIABLE]
         if code == EXIT_INTERRUPTED:
             raise KeyboardInterrupt
-        if code == 128 + signal.SIGTERM and not reported.exists():
+        said = int(reported.read_text(encoding="ascii")) if reported.exists() else None
+        if code == _EXIT_TERMINATED and said is not None:
+            return said
+        if code == _EXIT_TERMINATED:
             raise LostRankError(
                 f"the {num_ranks} ranks were told to end (SIGTERM)",
                 remedy="nothing is wrong here; see who ended the command or one of its ranks",
             )
-        if code and not reported.exists():
+        if code and not said:
             raise LostRankError(
                 f"one of the {num_ranks} ranks ended without a report (exit code {code})",
                 remedy="see the lines above; a rank that is killed often means that memory ran out: lower "

@@ -10,6 +10,19 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NoReturn
 
+_time_to_leave_s = 2.0
+
+
+def time_to_leave_s() -> float:
+    """Seconds between the launcher's request to end, which follows another rank's failure, and the end by force."""
+    return _time_to_leave_s
+
+
+def take_time_to_leave(seconds: float) -> None:
+    """Let this process take so long to end once its launcher asks for it: by default there is time to say why."""
+    global _time_to_leave_s
+    _time_to_leave_s = seconds
+
 
 def run_and_leave(program: Callable[[], object]) -> NoReturn:
     """Run a rank's program and end the process with its code, without tearing the interpreter down.

@@ -10,10 +10,8 @@ import sys
 import threading
 import time
 
-from inference_shardformer.distributed.leaving import run_and_leave
+from inference_shardformer.distributed.leaving import run_and_leave, time_to_leave_s
 
-# Between the launcher's request to end, which follows another rank's failure, and the end: time to say why.
-_GRACE_S = 2.0
 _POLL_S = 0.5
 
 
@@ -44,6 +42,6 @@ def _note(wake_write: int, number: int) -> None:
 def _end_with_launcher(wake_read: int, launcher: int) -> None:
     while os.getppid() == launcher:
         if select.select([wake_read], [], [], _POLL_S)[0] and signal.SIGTERM in os.read(wake_read, 64):
-            time.sleep(_GRACE_S)
+            time.sleep(time_to_leave_s())
             break
     os._exit(128 + signal.SIGTERM)

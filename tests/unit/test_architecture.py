@@ -30,6 +30,7 @@ ALLOWED = {
     "policies": BASE | {"modeling", "layers", "sharding", "plugins", "attention", "compute", "distributed"},
     "conformance": {"attention", "kv_cache", "errors"},
     "engine": BASE | {"attention", "compute", "kv_cache", "distributed"},  # of compute, what chooses tokens
+    "serving": {"__init__", "engine", "errors"},
     # The command line speaks through public names; beside them it reads a model's facts and starts ranks.
     "cli": BASE
     | {
@@ -44,6 +45,7 @@ ALLOWED = {
         "explaining",
         "planning",
         "resolving",
+        "serving",
         "tuning",
     },
 }
@@ -51,10 +53,23 @@ FORBIDDEN_INSIDE = {
     "modeling": ("attention.selector", "attention.sdpa", "attention.reference"),
     "engine": ("attention.selector", "attention.sdpa", "attention.reference"),
     "policies": ("attention.selector", "attention.sdpa", "attention.reference"),
+    "serving": ("engine.engine", "engine.core", "engine.scheduler", "engine.desk", "engine.stepper"),
     "cli": ("engine.engine", "engine.core", "engine.scheduler", "distributed.tensor_parallel", "distributed.guard"),
 }
 # Names that must not be needed to import the package or the configuration.
-HEAVY = ("transformers", "triton", "torch", "numpy", "flash_attn", "flashinfer", "colossalai", "rich")
+HEAVY = (
+    "transformers",
+    "triton",
+    "torch",
+    "numpy",
+    "flash_attn",
+    "flashinfer",
+    "colossalai",
+    "rich",
+    "starlette",
+    "uvicorn",
+    "prometheus_client",
+)
 
 
 def source_files() -> list[tuple[str, Path]]:

@@ -1,0 +1,1 @@
+"""A server with the routes of the OpenAI API over an AsyncEngine."""
