@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inference_shardformer.cli.models import check_before_launch, resolve_model
+from inference_shardformer.cli.models import check_before_launch, has_tokenizer, resolve_model
 from inference_shardformer.cli.parser import GENERATE_FLAGS, add_config_flags, add_model_options, sources_of
 from inference_shardformer.cli.ranks import is_main_rank, launch, ranks_to_launch
 from inference_shardformer.cli.report import UsageError
@@ -56,6 +56,11 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
     sources = sources_of(args)
     shard = load_config(sources).shard
     model = resolve_model(args.model)
+    if not has_tokenizer(model):
+        raise UsageError(
+            f"--model {args.model}: has no tokenizer, and a server answers with text",
+            remedy="put the tokenizer's files into its folder, or use `generate --prompts-file` with token ids",
+        )
     if num_ranks := ranks_to_launch(shard):
         check_before_launch(model, num_ranks)
         return launch(words, num_ranks=num_ranks)

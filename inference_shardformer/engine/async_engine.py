@@ -19,7 +19,7 @@ _MAX_QUEUE = 256
 
 
 class TokenStream(AsyncIterator[StreamChunk]):
-    """The chunks of one request as they come; the last one carries its `finish_reason`.
+    """The chunks of one request as they come; the last one carries its `finish_reason`, or its error is raised.
 
     Closing it, leaving its `async with`, cancelling the task that waits for a chunk, or letting go of it aborts the
     request, unless it has finished.
@@ -72,7 +72,7 @@ class TokenStream(AsyncIterator[StreamChunk]):
         if isinstance(arrival, RankFailure):
             self._error, self._is_over = arrival, True
             return
-        self._chunks += arrival.chunks
+        self._chunks += [chunk for chunk in arrival.chunks if arrival.error is None or chunk.finish_reason is None]
         self._error, self._is_over = arrival.error, arrival.is_last
 
 
@@ -147,19 +147,23 @@ class AsyncEngine:
         Raises `QueueFullError` if as many wait as may, `RankFailure` once a rank has failed, `StateError` where nothing
         is accepted. An invalid request raises its `RequestError` from the first chunk on; `validate` tells before.
         """
-        self._refuse_unless_accepting()
-        if self.num_unfinished >= self.max_unfinished:
-            raise QueueFullError(
-                f"{self.num_unfinished} requests wait and run, and no more than {self.max_unfinished} may "
-                f"(scheduler.max_num_seqs and max_queue={self._max_queue})",
-                remedy="try again later, or raise one of the two",
-            )
+        self.check_room(1)
         entry = Entry(prompt, SamplingParams() if sampling_params is None else sampling_params, request_id)
         arrivals: asyncio.Queue[News | RankFailure] = asyncio.Queue()
         self._open[entry] = arrivals
         self._is_quiet.clear()
         self._stepper.add(entry)
         return TokenStream(entry, arrivals, lambda: self._give_up(entry))
+
+    def check_room(self, num_requests: int) -> None:
+        """Raise what `generate` would if so many requests came now."""
+        self._refuse_unless_accepting()
+        if self.num_unfinished + num_requests > self.max_unfinished:
+            raise QueueFullError(
+                f"{num_requests} more than the {self.num_unfinished} requests that wait and run now, and no more than "
+                f"{self.max_unfinished} may (scheduler.max_num_seqs and max_queue={self._max_queue})",
+                remedy="try again later, send fewer at once, or raise one of the two",
+            )
 
     async def wait_ended(self) -> RankFailure | None:
         """Wait until there are no more steps; what ended them, unless `stop` did."""

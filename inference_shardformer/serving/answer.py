@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from inference_shardformer.errors import InferenceShardformerError
-from inference_shardformer.serving.api_error import ApiError, json_response
+from inference_shardformer.serving.api_error import ApiError, json_bytes, json_response
 from inference_shardformer.serving.disconnect import ClientLeftError, while_connected
 from inference_shardformer.serving.formats import Format, Text
 from inference_shardformer.serving.generation import Generation
@@ -29,7 +28,7 @@ class Answer(NamedTuple):
 
 def sse_event(content: object) -> bytes:
     """One server-sent event. JSON has no line breaks of its own, so it is one line of data."""
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + json_bytes(content) + b"\n\n"
 
 
 async def whole_answer(request: Request, answer: Answer) -> Response:

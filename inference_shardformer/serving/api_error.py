@@ -70,7 +70,14 @@ class ApiError(Exception):
         return json_response(self.to_json(), status=self.status, headers=headers)
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
+def json_bytes(content: object) -> bytes:
+    """JSON in one line; what cannot be encoded, which only a client can have brought, becomes a question mark."""
+    return _ENCODER.encode(content).encode(errors="replace")
+
+
 def json_response(content: object, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A JSON answer."""
-    body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
-    return Response(body, status_code=status, headers=headers, media_type="application/json")
+    return Response(json_bytes(content), status_code=status, headers=headers, media_type="application/json")

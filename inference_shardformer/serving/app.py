@@ -6,7 +6,6 @@ import hmac
 from time import perf_counter
 
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -128,7 +127,7 @@ class _Gate:
                 self._service.metrics.note_response(route, message["status"])
             await send(message)
 
-        if scope["path"] not in _OPEN and not self._is_let_in(Headers(scope=scope).get("authorization", "")):
+        if scope["path"] not in _OPEN and not self._is_let_in(dict(scope["headers"]).get(b"authorization", b"")):
             error = ApiError(
                 401,
                 "the API key is missing or wrong",
@@ -139,9 +138,9 @@ class _Gate:
             return
         await self._app(scope, receive, counting)
 
-    def _is_let_in(self, authorization: str) -> bool:
-        kind, _, key = authorization.partition(" ")
-        given = key.strip().encode() if kind.lower() == "bearer" else b""
+    def _is_let_in(self, authorization: bytes) -> bool:
+        kind, _, key = authorization.partition(b" ")
+        given = key.strip() if kind.lower() == b"bearer" else b""
         keys = self._service.api_keys
         return not keys or any([hmac.compare_digest(given, known.encode()) for known in keys])  # noqa: C419 - all are compared
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack
 from time import perf_counter
 from types import TracebackType
 
@@ -57,20 +56,14 @@ class Generation:
 
         Raises the error of a request that cannot go on; 503 where the server stopped it.
         """
-        async with AsyncExitStack() as stack:
-            waiting: dict[asyncio.Future[StreamChunk], int] = {}
-            stack.callback(lambda: [task.cancel() for task in waiting])
-            for index, stream in enumerate(self._streams):
-                waiting[asyncio.ensure_future(anext(stream))] = index
-            while waiting:
-                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    index = waiting.pop(task)
-                    chunk = task.result()
-                    self._note(index, chunk)
-                    if chunk.finish_reason is None:
-                        waiting[asyncio.ensure_future(anext(self._streams[index]))] = index
-                    yield index, chunk
+        if self.num_prompts == 1:
+            async for chunk in self._streams[0]:
+                self._note(0, chunk)
+                yield 0, chunk
+            return
+        async for index, chunk in _merged(self._streams):
+            self._note(index, chunk)
+            yield index, chunk
 
     async def __aenter__(self) -> Generation:
         return self
@@ -98,6 +91,22 @@ class Generation:
     def _end(self, index: int, reason: str) -> None:
         seconds = perf_counter() - self._started
         self._metrics.note_end(reason, num_prompt_tokens=self._open.pop(index), seconds=seconds)
+
+
+async def _merged(streams: Sequence[TokenStream]) -> AsyncIterator[tuple[int, StreamChunk]]:
+    """The chunks of several streams as they come, with the index of the stream."""
+    waiting = {asyncio.ensure_future(anext(stream)): index for index, stream in enumerate(streams)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                index, chunk = waiting.pop(task), task.result()
+                if chunk.finish_reason is None:
+                    waiting[asyncio.ensure_future(anext(streams[index]))] = index
+                yield index, chunk
+    finally:
+        for task in waiting:
+            task.cancel()
 
 
 def _stopped() -> ApiError:

@@ -76,6 +76,7 @@ async def serve_engine(
     on_ready: Callable[[], None] = lambda: None,
 ) -> signal.Signals:
     """Serve what an engine generates; on rank 0, while the others `follow()`. For the rest see `serve`."""
+    engine.validate(" ")  # the first call settles the tokenizer's state, the following ones come from several threads
     metrics = Metrics(num_blocks=engine.kv_cache.num_blocks)
     async_engine = AsyncEngine(engine, max_queue=settings.max_queue, on_step=metrics.note_step)
 

@@ -34,6 +34,7 @@ class Service:
     ) -> Generation:
         """Check every prompt, then queue all. An `ApiError` about a prompt names the field `param`."""
         started = perf_counter() if started is None else started
+        self.engine.check_room(len(prompts))  # before the work of tokenising
         token_ids = [await self._validated(prompt, params, param) for prompt in prompts]
         return Generation(self.engine, token_ids, params, metrics=self.metrics, started=started)
 

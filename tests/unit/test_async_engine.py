@@ -137,8 +137,15 @@ def test_validation_before_queueing_tells_the_same(tiny: SimpleNamespace) -> Non
 def test_a_full_queue_refuses_by_name_and_empties_again(tiny: SimpleNamespace) -> None:
     async def use(async_engine: AsyncEngine) -> None:
         streams = [async_engine.generate([1], SamplingParams(max_new_tokens=50)) for _ in range(3)]
-        with pytest.raises(QueueFullError, match="3 requests wait and run, and no more than 3 may"):
+        with pytest.raises(
+            QueueFullError, match="1 more than the 3 requests that wait and run now, and no more than 3 may"
+        ):
             async_engine.generate([1])
+        streams[0].close()
+        await until(lambda: async_engine.num_unfinished == 2)
+        async_engine.check_room(1)
+        with pytest.raises(QueueFullError, match="2 more than the 2"):
+            async_engine.check_room(2)
         for stream in streams:
             stream.close()
         await until(lambda: async_engine.num_unfinished == 0)

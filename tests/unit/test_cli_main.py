@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ import pytest
 
 from inference_shardformer.cli import generate as generate_command
 from inference_shardformer.cli.main import main
+from inference_shardformer.cli.ranks import note_reported
 from inference_shardformer.errors import (
     BackendUnavailableError,
     EnvironmentMismatchError,
@@ -164,6 +166,21 @@ def test_tp_outside_of_torchrun_launches_the_same_words(checkpoint, capsys, monk
     assert capsys.readouterr().err == "interrupted\n"
     assert main(words) == 4
     assert "the 2 ranks were told to end (SIGTERM)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("said", [0, 4])
+def test_after_sigterm_the_code_is_what_the_main_rank_ended_with(checkpoint, capsys, monkeypatch, said):
+    def launch_ranks(words, nproc):
+        note_reported(said)
+        return 128 + signal.SIGTERM
+
+    module = SimpleNamespace(launch_ranks=launch_ranks)
+    monkeypatch.setitem(sys.modules, "inference_shardformer.distributed.launch", module)
+    assert main(["generate", "--model", checkpoint, "--prompt", "x", "--tp", "2"]) == said
+    assert capsys.readouterr() == ("", "")
+    module.launch_ranks = lambda words, nproc: 128 + signal.SIGTERM
+    assert main(["generate", "--model", checkpoint, "--prompt", "x", "--tp", "2"]) == 4
+    assert "ended without a report (exit code 143)" in capsys.readouterr().err
 
 
 def test_a_report_of_the_main_rank_is_not_repeated(checkpoint, capsys, monkeypatch):
