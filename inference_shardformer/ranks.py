@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ class Ranks:
         hosts = group.all_gather_bytes(socket.gethostname().encode())
         self.ranks_on_host = hosts.count(hosts[group.rank])
         self._made_default_group = made_default_group
+        self._process = os.getpid()
 
     @classmethod
     def join(cls, shard: ShardConfig, process_group: dist.ProcessGroup | SimulatedSeat | None) -> Ranks:
@@ -69,6 +71,6 @@ class Ranks:
 
         self.guard.close()
         self.group.close()
-        if self._made_default_group and dist.is_initialized():
+        if self._made_default_group and dist.is_initialized() and os.getpid() == self._process:
             dist.destroy_process_group()
         self._made_default_group = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -36,6 +37,7 @@ class RankGuard:
     def __init__(self, group: TensorParallelGroup, *, timeout_s: float) -> None:
         self._group = group
         self._has_failed = False
+        self._process = os.getpid()
         self._now = (0, False, 0.0, _OUTSIDE)  # replaced as a whole: the board's thread reads it
         self._board: Board | None = None  # with one rank there is none
         if group.size > 1:
@@ -93,6 +95,8 @@ class RankGuard:
         if board is None:
             return
         atexit.unregister(self.close)
+        if os.getpid() != self._process:  # a forked process has copies of the connections, but not the thread
+            return
         rank, size = self._group.rank, self._group.size
         board.post(f"closed/{rank}", "")
         if rank == 0:
@@ -112,6 +116,11 @@ class RankGuard:
     def _open(self) -> Board:
         if self._board is None:
             raise StateError("this rank guard is closed", remedy="a closed engine cannot run; create another one")
+        if os.getpid() != self._process:
+            raise StateError(
+                f"this process was forked from rank {self._group.rank}, which is process {self._process}",
+                remedy="use the engine there alone; start processes with the method 'spawn', or before the engine",
+            )
         failure = self._board.failure
         if failure is not None:
             raise failure.to_error()

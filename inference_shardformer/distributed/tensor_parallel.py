@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -48,6 +49,7 @@ class TensorParallelGroup:
         self.rank = data.rank() if data is not None else 0
         self.size = data.size() if data is not None else 1
         self.num_collectives = 0
+        self._process = os.getpid()
         self.is_in_collective = False
         self._data = data
         self._control = control
@@ -184,7 +186,12 @@ class TensorParallelGroup:
             data.abort()
 
     def close(self) -> None:
-        """Give the connections back. Collectives are illegal afterwards. Idempotent."""
+        """Give the connections back. Collectives are illegal afterwards. Idempotent.
+
+        Does nothing in a process that was forked from the rank's: connections there are copies, without their threads.
+        """
+        if os.getpid() != self._process:
+            return
         all_reduce, self._all_reduce = self._all_reduce, None
         self._data = self._control = self._data_exchange = self._control_exchange = None
         if all_reduce is not None:

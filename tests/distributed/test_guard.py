@@ -132,6 +132,13 @@ def test_slow_is_not_stalled(phases: list[Any]) -> None:
         assert {"type": "RankFailure", "rank": 1, "phase": "load"}.items() <= stalled.items()
 
 
+def test_a_forked_process_may_not_use_the_group_and_does_not_end_it(phases: list[Any]) -> None:
+    for rank, said in enumerate(phases):
+        assert said["forked"]["child"]["type"] == "StateError"
+        assert said["forked"]["child"]["text"].startswith(f"this process was forked from rank {rank}, which is process")
+        assert said["forked"]["parent"] == {"value": None}
+
+
 def test_a_healthy_step_costs_microseconds(phases: list[Any]) -> None:
     assert min(said["phases"]["step_us"] for said in phases) < 50
 

@@ -135,6 +135,25 @@ def fault_in_step(kind: str, culprit: int, *, world: dist.ProcessGroup, timeout_
     return said
 
 
+def forked() -> dict[str, Any]:
+    """What a process can do that is forked from a rank, and what it leaves of the rank's group by closing its copy."""
+    group = TensorParallelGroup.from_process_group(dist.group.WORLD, device=CPU, timeout_s=20)
+    guard = RankGuard(group, timeout_s=20)
+    read, write = os.pipe()
+    if os.fork() == 0:
+        said = attempt(lambda: steps(group, guard, num_steps=1, fault=lambda step: None))
+        guard.close()
+        group.close()
+        os.write(write, json.dumps(said).encode())
+        os._exit(0)
+    os.wait()
+    said = {"child": json.loads(os.read(read, 65536)), "parent": {}}
+    said["parent"] = attempt(lambda: steps(group, guard, num_steps=2, fault=lambda step: None))
+    guard.close()
+    group.close()
+    return said
+
+
 def stall_in_phase() -> Any:
     """A rank that never finishes loading, and one that is merely slower than the other."""
     group = TensorParallelGroup.from_process_group(dist.group.WORLD, device=CPU, timeout_s=20)
@@ -151,7 +170,7 @@ def main() -> None:
     everyone = dist.group.WORLD
     match sys.argv[1:]:
         case ["phases"]:
-            said = {"phases": phases(), "step": typed_in_step(), "stall": stall_in_phase()}
+            said = {"phases": phases(), "step": typed_in_step(), "stall": stall_in_phase(), "forked": forked()}
         case ["faults", *faults]:
             said = {}
             for fault in faults:
