@@ -108,8 +108,14 @@ def build_on_meta(hf_config: PreTrainedConfig, architecture: str, folder: Path |
             f"transformers {transformers.__version__} has no class {architecture!r}",
             remedy="upgrade transformers, or correct `architectures` in config.json",
         )
-    with torch.device("meta"), _NothingDrawn():
-        model: PreTrainedModel = model_class(hf_config)
+    try:
+        with torch.device("meta"), _NothingDrawn():
+            model: PreTrainedModel = model_class(hf_config)
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as exc:
+        raise CheckpointError(
+            f"transformers cannot build {architecture} from this config.json: {type(exc).__name__}: {exc}",
+            remedy="correct the field that it names",
+        ) from exc
     generation = None if folder is None else _generation(folder)
     if generation is not None:
         model.generation_config = generation

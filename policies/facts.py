@@ -34,8 +34,8 @@ def decoder_facts(
 
     `intermediate_size` and `activation` name fields; without an activation the MLP is not gated.
 
-    Raises `CheckpointError` for quantised checkpoints and for a configuration whose head counts contradict each other,
-    and `UnsupportedModelError` for an unknown rope type.
+    Raises `CheckpointError` for quantised checkpoints, for sizes below 1 and for head counts that contradict each
+    other, and `UnsupportedModelError` for an unknown rope type.
     """
     if getattr(hf_config, "quantization_config", None):
         raise CheckpointError(
@@ -43,6 +43,7 @@ def decoder_facts(
             remedy="use the unquantised checkpoint",
         )
     check_rope_type(hf_config)
+    _check_counts(hf_config)
     heads = int(hf_config.num_attention_heads)
     kv_heads = int(getattr(hf_config, "num_key_value_heads", None) or heads)
     if heads % kv_heads:
@@ -68,6 +69,14 @@ def decoder_facts(
         length_dependent_rope=rope_settings(hf_config)["rope_type"] in LENGTH_DEPENDENT_ROPE_TYPES,
         sliding_windows=sliding_windows,
     )
+
+
+def _check_counts(hf_config: PreTrainedConfig) -> None:
+    """Raise `CheckpointError` for sizes below 1; transformers reads them without complaint."""
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    wrong = [f"{name}={count}" for name in names if (count := int(getattr(hf_config, name))) < 1]
+    if wrong:
+        raise CheckpointError(f"{', '.join(wrong)}: must be at least 1", remedy="correct config.json")
 
 
 def token_ids(value: int | list[int] | None) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from inference_shardformer.cli.models import has_tokenizer
 from inference_shardformer.cli.terminal import Terminal
+from inference_shardformer.config.loader import load_config
 from inference_shardformer.config.origins import Level
 from inference_shardformer.config.sources import ConfigSources
 from inference_shardformer.errors import CheckpointError
@@ -43,10 +44,12 @@ def open_session(
     `plan` is a plan file to load by.
     """
     from inference_shardformer import InferenceShardformer
-    from inference_shardformer.huggingface import locate_checkpoint
+    from inference_shardformer.huggingface import load_hf_config, locate_checkpoint
 
     terminal.note(f"model      {model}")
     folder = locate_checkpoint(model)
+    weights = load_config(sources).inference.weights
+    load_hf_config(folder, trust_remote_code=weights.trust_remote_code)  # what is wrong with it is not the tokenizer's
     tokenizer = _load_tokenizer(folder) if with_tokenizer and has_tokenizer(str(folder)) else None
     shardformer = InferenceShardformer(sources=sources)
     try:
