@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictFloat
 
 from inference_shardformer.config.frozen import FrozenMapping
 from inference_shardformer.config.metadata import about
-from inference_shardformer.config.values import Auto, Count, PluginOptions
+from inference_shardformer.config.values import Auto, Count, PluginOptions, Threads
 
 
 class PolicyConfig(BaseModel):
@@ -38,7 +38,7 @@ class ShardConfig(BaseModel):
         description="Device of every rank; auto: cuda where present.",
         json_schema_extra=about(flag="--device"),
     )
-    threads_per_rank: Count | Auto = Field(
+    threads_per_rank: Threads | Auto = Field(
         default="auto",
         description="CPU threads that torch uses in each rank; auto: torch's own number for the only rank of a host, "
         "else the cores of the host divided by its ranks.",

@@ -10,7 +10,7 @@ from typing import cast
 from pydantic import BaseModel, ValidationError
 
 from inference_shardformer.config.changes import ConfigChange, PendingUpdate
-from inference_shardformer.config.fields import ROOTS, all_fields, all_groups, full_path
+from inference_shardformer.config.fields import ROOTS, all_fields, all_groups, full_path, open_field
 from inference_shardformer.config.inference import InferenceConfig
 from inference_shardformer.config.layers import Assignment, misused_group, nest
 from inference_shardformer.config.mutability import is_live, why_init_only
@@ -103,10 +103,12 @@ def _named(changes: Mapping[str, object], origin: Origin) -> tuple[dict[str, Ass
         path = full_path(name)
         if path in all_groups():
             violations.append(misused_group(path, value, origin))
+        elif (owner := open_field(path)) is not None:
+            violations.append(_init_only(path, value, origin, field=owner.path))
         elif path not in all_fields():
             violations.append(unknown_key(name, origin))
         elif not is_live(path):
-            violations.append(_init_only(path, value, origin))
+            violations.append(_init_only(path, value, origin, field=path))
         elif path in found:
             rule = f"given once, and {show(found[path].value)} is given too"
             violations.append(Violation(path, f"{path} = {show(value)}", origin, rule, "drop one of the two spellings"))
@@ -115,12 +117,13 @@ def _named(changes: Mapping[str, object], origin: Origin) -> tuple[dict[str, Ass
     return found, violations
 
 
-def _init_only(path: str, value: object, origin: Origin) -> Violation:
+def _init_only(path: str, value: object, origin: Origin, *, field: str) -> Violation:
+    """A path in a field that is set once, which is the path itself unless it names an option of a plug-in."""
     return Violation(
         path=path,
         given=f"{path} = {show(value)}",
         origin=origin,
-        rule=f"set before the engine is built (init_only): {why_init_only(path)}",
+        rule=f"set before the engine is built (init_only): {why_init_only(field)}",
         remedy="close this engine and build one with the new value",
     )
 

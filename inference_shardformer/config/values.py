@@ -11,6 +11,7 @@ from inference_shardformer.config.frozen import FrozenMapping
 Count = Annotated[int, Field(strict=True, ge=1)]
 Bytes = Annotated[int, Field(strict=True, gt=1)]
 Share = Annotated[float, Field(strict=True, gt=0, le=1)]
+Threads = Annotated[int, Field(strict=True, ge=1, le=4096)]
 BlockLength = Annotated[int, Field(strict=True, ge=1, le=1024)]
 Auto = Literal["auto"]
 

@@ -33,7 +33,10 @@ CASES: list[tuple[str, str, str, str]] = [
         for value in ("0", "-2", "1.5", "true", "two", "null", "[2]")
     ],
     *[(f"device={value}", f"{S}.device", "one of auto, cpu, cuda", "auto") for value in ("gpu", "0", "cuda:1")],
-    *[(f"threads_per_rank={value}", f"{S}.threads_per_rank", COUNT, "auto") for value in ("0", "all", "2.0")],
+    *[
+        (f"threads_per_rank={value}", f"{S}.threads_per_rank", "an integer, at least 1, at most 4096, or auto", "auto")
+        for value in ("0", "all", "2.0", "1000000000000000000000000000000")
+    ],
     *[
         (f"timeout_s={value}", f"{S}.timeout_s", "a number, above 0, at most 3600", "30.0")
         for value in ("0", "-1", "4000")

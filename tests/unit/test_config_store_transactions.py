@@ -42,6 +42,7 @@ def test_all_violations_are_reported_at_once_and_nothing_changes(store):
                 TEMPERATURE: float("nan"),
                 "samplin.top_k": 3,
                 "cache.block_size": 8,
+                "attention.options.toy.tile": 8,
                 "sampling": 3,
             },
             source="console",
@@ -55,9 +56,11 @@ def test_all_violations_are_reported_at_once_and_nothing_changes(store):
         "samplin.top_k": "the name of a known setting",
         "inference.cache.block_size": "set before the engine is built (init_only): "
         "the cache tensors are already allocated",
+        "inference.attention.options.toy.tile": rules["inference.attention.options.toy.tile"],
         "inference.sampling": "a group of settings: ignore_eos, max_new_tokens, "
         "no_repeat_ngram_size, repetition_penalty, temperature, top_k, top_p",
     }
+    assert rules["inference.attention.options.toy.tile"].startswith("set before the engine is built (init_only): ")
     assert all(str(violation.origin).endswith("source console") for violation in caught.value.violations)
     assert "top_p = 1.5" in str(caught.value)
     assert store.current is before
