@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
@@ -11,6 +12,7 @@ import torch
 from inference_shardformer.attention.spec import Reason
 from inference_shardformer.compute.base import ComputeCapabilities, ComputeSpec
 from inference_shardformer.compute.linear import Compression, LinearKernel, LinearShape, LinearWeight
+from inference_shardformer.errors import CapacityError
 from inference_shardformer.kernels.cpu.compact_weight import (
     LARGEST_DEPTH,
     compression_gains,
@@ -55,24 +57,27 @@ class PackedLinearWeight(LinearWeight):
         return self._packed
 
     def allocate(self, device: torch.device, *, is_zeroed: bool = False) -> None:
-        """Packed memory, which is always zeroed."""
+        """Packed memory, which is always zeroed. Raises `CapacityError`."""
         size = self.shape.out_features, self.shape.in_features
         segments, arena = _segments(self.shape), self._arena
-        if self._is_compact:
-            self._packed = empty_compact_weight(*size, segments=segments, is_filled=not is_zeroed, arena=arena)
-        else:
-            self._packed = empty_weight(*size, dtype=self._packed_dtype, segments=segments, arena=arena)
+        with _memory_for(self.shape):
+            if self._is_compact:
+                self._packed = empty_compact_weight(*size, segments=segments, is_filled=not is_zeroed, arena=arena)
+            else:
+                self._packed = empty_weight(*size, dtype=self._packed_dtype, segments=segments, arena=arena)
         self.tensors = {"weight": self._packed.storage}
         if self._packed.scales is not None:
             self.tensors["weight_scale"] = self._packed.scales
 
     def write(self, slab: torch.Tensor, *, row: int = 0, column: int = 0) -> None:
-        """Pack, or quantise and pack, into the same memory."""
-        self.packed.write(slab.to(self.shape.dtype), row=row, column=column)
+        """Pack, or quantise and pack, into the same memory. Raises `CapacityError`, as `settle` does."""
+        with _memory_for(self.shape):
+            self.packed.write(slab.to(self.shape.dtype), row=row, column=column)
 
     def settle(self) -> None:
         """Compress what is to be compressed."""
-        self.packed.settle()
+        with _memory_for(self.shape):
+            self.packed.settle()
 
     def loading_ended(self) -> None:
         """Give up the memory in which weights are packed before they are compressed."""
@@ -155,6 +160,18 @@ class CpuLinear(LinearKernel):
 
     def _is_compact(self, shape: LinearShape) -> bool:
         return compresses(self.spec, self._packed_dtype(shape), shape.in_features)
+
+
+@contextmanager
+def _memory_for(shape: LinearShape) -> Iterator[None]:
+    """Names the weight that there is no memory for."""
+    try:
+        yield
+    except MemoryError as exc:
+        raise CapacityError(
+            f"this rank has no memory for a weight of {shape.out_features} x {shape.in_features}: {exc}",
+            remedy="free memory on this machine, or share the model out over more ranks",
+        ) from exc
 
 
 def _segments(shape: LinearShape) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 
@@ -214,6 +216,52 @@ def test_the_layout_is_what_it_is_said_to_be():
     code = int(group[128 + place]) & 15
     word = int(group[place]) | int(table[code]) << 8
     assert word == int(bits(weight)[35, 5]) & 0xFFFF
+
+
+class TestWithoutMemory:
+    """The lists that are too long for panels find no memory."""
+
+    @pytest.fixture
+    def fail(self, monkeypatch):
+        def failing(num_bytes: int) -> torch.Tensor:
+            raise MemoryError(f"{num_bytes} bytes cannot be allocated")
+
+        return lambda: monkeypatch.setattr(compact_weight, "zeroed_bytes", failing)
+
+    def test_what_was_written_is_compressed_later(self, fail, monkeypatch):
+        weight, packed = any_bits(130, 320), empty_compact_weight(130, 320)
+        fail()
+        with pytest.raises(MemoryError, match="bytes cannot be allocated"):
+            packed.write(weight)
+        with pytest.raises(MemoryError, match="bytes cannot be allocated"):
+            packed.settle()
+        assert torch.equal(bits(packed.read()), bits(weight))
+        linear(torch.ones(3, 320, dtype=torch.bfloat16), packed)  # of no use, but it reads no memory that is gone
+        monkeypatch.undo()
+        packed.settle()
+        assert not packed.contents.drafts
+        assert torch.equal(bits(packed.read()), bits(weight))
+
+    def test_what_was_there_before_always_fits(self, fail):
+        before = usual(64, 320)
+        before[:, ::2] = any_bits(64, 320)[:, ::2]
+        packed = compact(before)
+        fail()
+        with pytest.raises(MemoryError, match="bytes cannot be allocated"):
+            packed.write(any_bits(64, 320))
+        packed.write(before)
+        packed.settle()
+        assert torch.equal(bits(packed.read()), bits(before))
+
+    def test_no_memory_in_the_kernel(self, monkeypatch):
+        def without_memory(*values: object) -> None:
+            ctypes.c_int64.from_address(values[3]).value = (1 << 62) - 1  # as compact.cpp does
+
+        weight, packed = usual(64, 96), empty_compact_weight(64, 96)
+        monkeypatch.setattr(compact_weight, "_compress", without_memory)
+        with pytest.raises(MemoryError, match="no memory to compress a panel of 96 columns"):
+            packed.write(weight)
+        assert torch.equal(packed.read(), weight)
 
 
 class TestRefusals:
