@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from operator import is_
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -10,6 +12,7 @@ from torch.nn.modules import module as _of_all_modules
 
 from inference_shardformer.attention.base import AttentionMetadata
 from inference_shardformer.compute.decoder_layer import Angles, ModelEnds, ModelFunction
+from inference_shardformer.errors import StateError
 from inference_shardformer.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from inference_shardformer.layers.norm import RMSNorm
 from inference_shardformer.layers.rotary import RotaryTable
@@ -41,15 +44,23 @@ class PackedForward:
     Does what Hugging Face's `forward` does with a packed batch, without what that does for others: masks, caches,
     collected outputs. Only tokens whose logits are wanted are normalised at the end. Where the layers' kernel runs the
     model whole it does so in one call, while nobody's hooks watch a module. Else modules are called one by one, so that
-    their hooks run; where somebody's hooks are on the whole model or on its decoder, Hugging Face's own is called.
+    their hooks run; where somebody's hooks are on the whole model or on its decoder, Hugging Face's own is called. A
+    module before or behind the layers that is exchanged takes effect with the next call.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = cast("Any", model)
+        self._layers = _layers_of(model)
+        self._bind()
+
+    def _bind(self) -> None:
+        """Take the model as it is now, but for its layers."""
         self._decoder = decoder = self._model.model
-        first: NoPaddingDecoderLayer = decoder.layers[0]
-        ends: tuple[nn.Module, ...] = (decoder.embed_tokens, decoder.rotary_emb, decoder.norm, self._model.lm_head)
-        watched: tuple[nn.Module, ...] = (model, decoder, *ends)
+        ends, self._places = _ends_of(self._model), _exchangeable(self._model)
+        self._held = [kept.get(name) for kept, name in self._places]
+        self._layer_modules = decoder.layers._modules
+        first = cast(NoPaddingDecoderLayer, self._layers[0])
+        watched: tuple[nn.Module, ...] = (self._model, decoder, *ends)
         self._hooks = (
             *(hooks for module in watched for hooks in (module._forward_hooks, module._forward_pre_hooks)),
             *(_of_all_modules._global_forward_hooks, _of_all_modules._global_forward_pre_hooks),
@@ -68,7 +79,7 @@ class PackedForward:
             type(each).__module__.startswith("transformers.models.") and "forward" not in vars(each)
             for each in (model, decoder)
         )
-        return own and all(isinstance(layer, NoPaddingDecoderLayer) for layer in cast("nn.ModuleList", decoder.layers))
+        return own and all(isinstance(layer, NoPaddingDecoderLayer) for layer in _layers_of(model))
 
     def __call__(
         self,
@@ -79,7 +90,11 @@ class PackedForward:
         attn_metadata: AttentionMetadata,
         logits_to_keep: torch.Tensor,
     ) -> PackedOutput:
-        """Token ids `[1, num_tokens]` and positions to the logits after the tokens at `logits_to_keep`."""
+        """Token ids `[1, num_tokens]` and positions to the logits after the tokens at `logits_to_keep`.
+
+        Raises `StateError` for a decoder layer that was exchanged.
+        """
+        self._follow_exchanges()
         if self._whole is not None and not any(self._hooks):
             angles = self._angles_at(position_ids, attn_metadata)
             result = self._whole(input_ids, angles, attn_metadata, logits_to_keep)
@@ -94,6 +109,17 @@ class PackedForward:
                 logits_to_keep=logits_to_keep,
             )
         return PackedOutput(self._by_modules(input_ids, position_ids, attn_metadata, logits_to_keep))
+
+    def _follow_exchanges(self) -> None:
+        if not all(map(is_, [kept.get(name) for kept, name in self._places], self._held)):
+            self._bind()
+        if len(self._layer_modules) != len(self._layers) or not all(
+            map(is_, self._layer_modules.values(), self._layers)
+        ):
+            raise StateError(
+                "the decoder layers of this model are not those that it was attached with",
+                remedy="exchange layers before the model is sharded; to look into one, give it a forward hook",
+            )
 
     def _angles_at(self, position_ids: torch.Tensor, attn_metadata: AttentionMetadata) -> Angles:
         """Of every token: looked up, or computed where they depend on more than positions."""
@@ -121,6 +147,27 @@ class PackedForward:
         if len(logits_to_keep) != hidden_states.shape[1]:  # else they are all, in their order
             hidden_states = hidden_states[:, logits_to_keep]
         return self._model.lm_head(decoder.norm(hidden_states))[0].float()
+
+
+def _layers_of(model: nn.Module) -> tuple[nn.Module, ...]:
+    return tuple(cast("Any", model).model.layers)
+
+
+def _ends_of(model: Any) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+    """Embedding, rotary embedding, norm and head."""
+    decoder = model.model
+    return decoder.embed_tokens, decoder.rotary_emb, decoder.norm, model.lm_head
+
+
+def _exchangeable(model: Any) -> tuple[tuple[Mapping[str, object], str], ...]:
+    """Where what may be another object after `attach` is kept: every step looks, so not by `nn.Module`'s slower way."""
+    decoder = model.model
+    return (
+        *((model._modules, name) for name in ("model", "lm_head")),
+        *((decoder._modules, name) for name in ("embed_tokens", "rotary_emb", "layers", "norm")),
+        (decoder.norm._parameters, "weight"),
+        *((vars(module), "forward") for module in _ends_of(model)),
+    )
 
 
 def _whole_model(

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from inference_shardformer import InferenceConfig, InferenceShardformer, SamplingParams, ShardConfig
-from inference_shardformer.errors import RequestError
+from inference_shardformer.errors import RequestError, StateError
 from inference_shardformer.kernels.cpu.library import native_problem
 from inference_shardformer.modeling.packed_forward import PackedForward
 
@@ -122,6 +122,64 @@ def test_a_head_of_the_users_own_is_called() -> None:
         engine = shardformer.attach(model)
         outputs = engine.generate([[3, 1, 4]], SamplingParams(max_new_tokens=3, ignore_eos=True))
     assert list(outputs[0].token_ids) == [7, 7, 7]
+
+
+class _Doubling(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.inner(x)
+
+
+def _exchange_head(model: Any) -> None:
+    model.lm_head = _Doubling(model.lm_head)
+
+
+def _exchange_norm(model: Any) -> None:
+    model.model.norm = _Doubling(model.model.norm)
+
+
+def _exchange_norm_weight(model: Any) -> None:
+    model.model.norm.weight = nn.Parameter(2 * model.model.norm.weight.detach(), requires_grad=False)
+
+
+def _exchange_forward(model: Any) -> None:
+    forward = model.lm_head.forward
+    model.lm_head.forward = lambda x: 2 * forward(x)
+
+
+@pytest.mark.parametrize("exchange", [_exchange_head, _exchange_norm, _exchange_norm_weight, _exchange_forward])
+def test_what_is_exchanged_after_attach_takes_effect(monkeypatch: pytest.MonkeyPatch, exchange: Any) -> None:
+    """Each doubles the logits, and so leaves the likeliest token."""
+    seen: Logits = []
+    call = PackedForward.__call__
+
+    def noting(self: PackedForward, **inputs: Any) -> Any:
+        output = call(self, **inputs)
+        seen.append(output.logits.clone())
+        return output
+
+    monkeypatch.setattr(PackedForward, "__call__", noting)
+    params = SamplingParams(max_new_tokens=3, ignore_eos=True)
+    with InferenceShardformer(ShardConfig(device="cpu"), _config()) as shardformer:
+        model, _ = shardformer.optimize(tiny_model("gqa"))
+        engine = shardformer.attach(model)
+        before = engine.generate([[3, 1, 4]], params)[0].token_ids
+        exchange(model)
+        assert engine.generate([[3, 1, 4]], params)[0].token_ids == before
+    for once, twice in zip(seen[:3], seen[3:], strict=True):
+        assert torch.allclose(2 * once, twice, rtol=1e-5)
+
+
+def test_a_layer_that_is_exchanged_after_attach_is_refused() -> None:
+    with InferenceShardformer(ShardConfig(device="cpu"), _config()) as shardformer:
+        model, _ = shardformer.optimize(tiny_model("gqa"))
+        engine = shardformer.attach(model)
+        model.model.layers[1] = nn.Identity()
+        with pytest.raises(StateError, match="are not those that it was attached with"):
+            engine.generate([[3, 1, 4]], SamplingParams(max_new_tokens=2))
 
 
 def test_new_weights_and_another_backend_take_effect() -> None:
