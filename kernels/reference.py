@@ -260,7 +260,7 @@ def quantize_int8(weight: torch.Tensor, group_size: int = 0) -> tuple[torch.Tens
         largest = group.abs().amax(dim=1, keepdim=True)
         steps = torch.full_like(largest, 127)
         scales.append(largest / steps)
-        inverse = torch.where(largest > 0, steps / largest, 0.0)
+        inverse = (steps / largest).clamp(max=torch.finfo(torch.float32).max)
         codes[:, start : start + size] = (group * inverse).round().clamp(-127, 127).to(torch.int8)
     return codes, torch.cat(scales, dim=1)
 

@@ -158,7 +158,12 @@ def _fill(model: nn.Module, parameter: ParameterPlan, source: WeightSource) -> N
         first_row, column = (part.offset, 0) if part.dim == 0 else (0, part.offset)
         for row, piece in source.chunks(part):
             write_parameter(model, parameter.name, piece, row=first_row + row, column=column)
-    settle_parameter(model, parameter.name)
+    try:
+        settle_parameter(model, parameter.name)
+    except ValueError as exc:
+        raise CheckpointError(
+            f"{parameter.name}: {exc}", remedy="repair the checkpoint, or leave inference.weights.quantization unset"
+        ) from exc
 
 
 def _in_turns(parameter: ParameterPlan) -> Iterator[SourceSlice]:

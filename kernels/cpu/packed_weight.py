@@ -113,7 +113,10 @@ class PackedWeight:
         (_quantize if is_quantized else _pack)(*args)
 
     def settle(self) -> None:
-        """Everything is written that will be: nothing to do, unless it is kept in another form."""
+        """Everything is written that will be. Raises `ValueError` for int8 codes of values that are not finite."""
+        if self.scales is not None and not self.scales.isfinite().all():
+            row = int((~self.read().isfinite()).any(dim=1).nonzero()[0])
+            raise ValueError(f"row {row} of this rank holds a value that is not finite, which int8 has no code for")
 
     def read(self, *, row: int = 0, num_rows: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Rows of the plain weight `[num_rows, in_features]`, bit for bit; int8 codes times scales, in `dtype`.

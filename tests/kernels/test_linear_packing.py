@@ -88,6 +88,31 @@ def test_int8(dtype, group, segments):
     assert (packed.read().double() - weight.double()).abs().max() <= largest / 254 * 1.001
 
 
+@pytest.mark.parametrize("group", [0, 4])
+def test_int8_of_extremes(dtype, group):
+    """Rows of zeros, of the least and the greatest numbers that there are, and zeros beside either."""
+    least, most = torch.finfo(dtype).smallest_normal / 2, torch.finfo(dtype).max / 2
+    weight = torch.tensor([[0.0] * 8, [0.0, least] * 4, [least] * 8, [most, -most] * 4, [most, 0.0] * 4]).to(dtype)
+    packed = pack(weight, quantization="int8", group_size=group)
+    packed.settle()
+    read = packed.read()
+    assert torch.equal(read, reference.dequantize_int8(*reference.quantize_int8(weight, group), group))
+    assert read.isfinite().all()
+    assert (read[weight == 0] == 0).all()
+    assert torch.allclose(read, weight.float(), rtol=1 / 127, atol=4e-37)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_int8_of_what_is_not_finite_is_refused_by_its_row(dtype, value):
+    weight = noise(50, 33, dtype=dtype)
+    weight[37, 32] = value
+    packed = pack(weight, quantization="int8", segments=2)
+    with pytest.raises(ValueError, match="row 37 of this rank holds a value that is not finite"):
+        packed.settle()
+    packed.write(noise(1, 33, dtype=dtype), row=37)
+    packed.settle()
+
+
 def test_int8_slabs():
     weight = noise(50, 96, dtype=torch.float32)
     slabs = empty_weight(50, 96, dtype=torch.int8, group_size=32)

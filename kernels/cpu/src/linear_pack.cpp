@@ -168,7 +168,7 @@ void quantize_slab(const PackArgs& args, Team& team) {
       for_groups(layout, args, lanes.panel, lanes.half * kHalf + lane, [&](const Group& group) {
         const float largest = largest_magnitude<T, Bits>(row + group.first, group.last - group.first);
         *group.scale = largest / 127.0f;
-        const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+        const float inverse = std::min(127.0f / largest, std::numeric_limits<float>::max());  // zeros stay zeros
         quantize_group(row + group.first, group.last - group.first, inverse, packed + group.first * kPanelColumns);
       });
     }
