@@ -10,6 +10,7 @@
 #include <immintrin.h>
 #endif
 
+#include "lanes.h"
 #include "level.h"
 #include "transpose_16x16.h"
 #include "types.h"
@@ -18,16 +19,6 @@ namespace isf {
 namespace ISF_LEVEL {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-
-typedef float Vec __attribute__((vector_size(4 * kLanes)));
-typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
 typedef float Vec4 __attribute__((vector_size(16)));
 
 template <class V>
@@ -36,7 +27,6 @@ ISF_INLINE V load_as(const void* from) {
   std::memcpy(&out, from, sizeof out);
   return out;
 }
-ISF_INLINE Vec load(const float* from) { return load_as<Vec>(from); }
 template <class V>
 ISF_INLINE void store(void* to, V value) {
   std::memcpy(to, &value, sizeof value);

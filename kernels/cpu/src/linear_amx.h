@@ -27,6 +27,22 @@ ISF_INLINE void configure_tiles(int64_t upper, int64_t lower) {
   _tile_loadconfig(&config);
 }
 
+ISF_INLINE void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+// To [32 rows][32], floats or integers.
+template <class T>
+ISF_MEMBER void store_sums(T* to) {
+  _tile_stored(0, to, 128);
+  _tile_stored(1, to + 16, 128);
+  _tile_stored(2, to + 16 * 32, 128);
+  _tile_stored(3, to + 16 * 32 + 16, 128);
+}
+
 constexpr int64_t kTileBytes = 1024;
 
 template <class Steps>
@@ -90,10 +106,7 @@ class TileFormat {
     const char* upper = rows_ + block.row * row_bytes_ + slice.k / 32 * step_;
     const char* lower = upper + (block.rows > 16 ? 16 * row_bytes_ : 0);
     if (slice.is_first) {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
+      zero_sums();
     } else {
       _tile_loadd(0, waiting, 128);
       _tile_loadd(1, waiting + 16, 128);
@@ -123,10 +136,7 @@ class TileFormat {
         unfinished.step(2);
       }
     }
-    _tile_stored(0, sums, 128);
-    _tile_stored(1, sums + 16, 128);
-    _tile_stored(2, sums + 16 * 32, 128);
-    _tile_stored(3, sums + 16 * 32 + 16, 128);
+    store_sums(sums);
   }
 
   // Where the rows of a block are from column k on.
@@ -164,10 +174,7 @@ class TileFormat {
   ISF_MEMBER void multiply_two(const char* upper, const char* lower, const char* panel, Ahead& ahead,
                                Unfinished& unfinished, float* sums) const {
     Steps source(panel, depth_ / 32);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_sums();
     for (int64_t c = 0; c < depth_; c += 32, upper += step_, lower += step_) {
       if (!Steps::kFetches) fetch(ahead);
       const char* weight = source.next();
@@ -181,10 +188,7 @@ class TileFormat {
       _tile_dpbf16ps(3, 5, 7);
       unfinished.step(2);
     }
-    _tile_stored(0, sums, 128);
-    _tile_stored(1, sums + 16, 128);
-    _tile_stored(2, sums + 16 * 32, 128);
-    _tile_stored(3, sums + 16 * 32 + 16, 128);
+    store_sums(sums);
   }
 
   const LinearArgs& args_;
@@ -254,10 +258,7 @@ class DigitTileFormat {
 
   ISF_MEMBER static void multiply_group(const char* digits, const char* weight, int64_t steps, Ahead& ahead,
                                         Unfinished& unfinished, int32_t* products) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_sums();
     for (int64_t step = 0; step < steps; ++step, digits += 2 * kTileBytes, weight += kStepBytes) {
       fetch(ahead);
       _tile_loadd(4, digits, 64);
@@ -270,10 +271,7 @@ class DigitTileFormat {
       _tile_dpbssd(3, 5, 7);
       unfinished.step(1);
     }
-    _tile_stored(0, products, 128);
-    _tile_stored(1, products + 16, 128);
-    _tile_stored(2, products + 16 * 32, 128);
-    _tile_stored(3, products + 16 * 32 + 16, 128);
+    store_sums(products);
   }
 
   const LinearArgs& args_;

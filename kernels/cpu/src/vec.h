@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "lanes.h"
 #include "types.h"
 
 #if defined(__F16C__)
@@ -17,26 +18,10 @@ namespace isf {
 namespace ISF_LEVEL {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-
-typedef float Vec __attribute__((vector_size(4 * kLanes)));
-typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t BitVec __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
 
 ISF_INLINE Vec splat(float x) { return Vec{} + x; }
-
-ISF_INLINE Vec load(const float* p) {
-  Vec v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
 
 ISF_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
