@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import ClassVar
 
 import yaml
 
@@ -19,7 +18,7 @@ class ConfigYamlLoader(yaml.SafeLoader):
     `on` and dates are text, 010 is ten and 1e-3 a number. As in YAML 1.1, `_` may group digits, and `<<` merges.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - as the base has it
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         """Decimal unless the text begins with 0x or 0o."""

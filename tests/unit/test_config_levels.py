@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_models import tiny_config
 
 from inference_shardformer.config.inference import InferenceConfig
-from inference_shardformer.config.loader import gather, merge_layers
+from inference_shardformer.config.loader import gather, load_config, merge_layers
 from inference_shardformer.config.origins import Level
 from inference_shardformer.config.shard import ShardConfig
 from inference_shardformer.config.sources import ConfigSources, Flag
@@ -178,3 +178,17 @@ def test_a_preset_that_oversteps_is_refused(preset, rule):
 
 def test_presets_are_empty_unless_a_policy_says_so():
     assert LlamaPolicy().preset(FACTS) == {}
+
+
+@pytest.mark.parametrize("word", ["on", "off"])
+@pytest.mark.parametrize("setting", ["scheduler.overlap", "cache.prefix_caching"])
+def test_on_and_off_are_words_wherever_they_are_written(setting: str, word: str, tmp_path: Path) -> None:
+    group, name = setting.split(".")
+    (tmp_path / "run.yaml").write_text(f"inference:\n  {group}:\n    {name}: {word}\n")
+    variable = f"INFERENCE_SHARDFORMER_INFERENCE__{group}__{name}".upper()
+    for sources in (
+        ConfigSources(environ={}, sets=(f"{setting}={word}",)),
+        ConfigSources(environ={}, files=(tmp_path / "run.yaml",)),
+        ConfigSources(environ={variable: word}),
+    ):
+        assert getattr(getattr(load_config(sources).inference, group), name) == word
