@@ -93,7 +93,10 @@ def test_every_violation_of_every_source_at_once(tmp_path):
     assert found["shard.devise"] == (f"file {name}:2", "the name of a known setting", "did you mean shard.device?")
     assert found["inference.dtype"][:2] == (f"file {name}:4", "one of auto, fp32, bf16, fp16")
     assert found["inference.dtype"][2].startswith("did you mean bf16?")
-    assert found["inference.cache"][1] == "a group of settings: block_size, dtype, memory_limit, num_blocks"
+    assert (
+        found["inference.cache"][1]
+        == "a group of settings: block_size, dtype, memory_limit, num_blocks, prefix_caching"
+    )
     assert found["cache"] == (f"file {name}:6", "the name of a known setting", "did you mean inference.cache?")
     assert "INFERENCE_SHARDFORMER_SHARD__TP_SIZE?" in found["INFERENCE_SHARDFORMER_SHARD__TP_SIZ"][2]
     assert found["inference.seed"][0] == "variable INFERENCE_SHARDFORMER_INFERENCE__SEED"
