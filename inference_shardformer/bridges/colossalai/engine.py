@@ -131,10 +131,11 @@ class InferenceEngine:
         return outputs
 
     def enable_spec_dec(self, *arguments: object, **options: object) -> NoReturn:
-        """Refused by name: speculative decoding is not offered, and greedy tokens are the same without it."""
+        """Refused by name: no second model drafts tokens, and greedy tokens are the same without one."""
         raise ConfigError(
-            "enable_spec_dec(): speculative decoding is not offered",
-            remedy="leave the call out; greedy tokens are equal",
+            "enable_spec_dec(): speculative decoding with a second model is not offered",
+            remedy="leave the call out, greedy tokens are equal; scheduler.speculation=prompt_lookup guesses without "
+            "one",
         )
 
     def close(self) -> None:

@@ -110,7 +110,12 @@ INFERENCE_FIELDS = (
         "never worked: it did not reach the sampler, whose code for it fails (B29); use stop_token_ids of a request",
     ),
     carried("ignore_eos", False, f"{SAMPLING}.ignore_eos", "default of requests, no longer of the engine"),
-    refused("use_spec_dec", False, "speculative decoding is not offered; without it the greedy tokens are the same"),
+    refused(
+        "use_spec_dec",
+        False,
+        "speculative decoding with a second model is not offered; "
+        "scheduler.speculation=prompt_lookup guesses without one",
+    ),
     part_of("use_spec_dec", False, "max_n_spec_tokens", 5, "had an effect only in speculative decoding"),
     part_of("use_spec_dec", False, "glimpse_large_kv", False, "never had an effect: nothing read it"),
     carried("block_size", 16, "inference.cache.block_size", "tokens in one block of the cache"),

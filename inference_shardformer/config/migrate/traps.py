@@ -29,7 +29,10 @@ _ENQUEUED = (
 _TEXTS = "the texts held prompt and completion; here output.text is the completion alone"
 _TRUSTED = "model code that comes with a checkpoint was always run; here only with inference.weights.trust_remote_code"
 _POLICY = "a policy is no configuration: pass one of ours as policy= of from_pretrained() or optimize()"
-_SPECULATION = "speculative decoding is not offered; without it the greedy tokens are the same"
+_SPECULATION = (
+    "speculative decoding with a second model is not offered, and greedy tokens are the same without it; "
+    "scheduler.speculation=prompt_lookup guesses without one"
+)
 
 
 def find_traps(tree: ast.Module, names: Names) -> list[Entry]:
