@@ -48,7 +48,7 @@ def main() -> None:
         write_tokenizer(folder, int(str(SHAPES[args.shape]["vocab_size"])))
         threads = max(1, args.threads // args.tp)
         command = [sys.executable, str(_SCRIPTS / "benchmark_side_ours.py"), name, "--threads", str(threads)]
-        engine = Side("engine", command, ranks=args.tp)
+        engine = Side("engine", command, ranks=args.tp, environment={"OMP_NUM_THREADS": str(threads)})
         try:
             engine.start()
             with server(folder, tp=args.tp, threads=threads) as url:
