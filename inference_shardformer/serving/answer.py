@@ -63,7 +63,7 @@ class EventStream(Response):
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                 await _send(send, form.opening(generation.num_prompts))
                 async for index, chunk in generation.chunks():
-                    await _send(send, form.pieces(index, Text(chunk.text, chunk.finish_reason)))
+                    await _send(send, form.pieces(index, Text(chunk.text, chunk.finish_reason, chunk.logprobs)))
                 await _send(send, form.closing(usage(generation)), last=DONE)
         except InferenceShardformerError as error:
             await _send(send, [ApiError.of(error).to_json()])
@@ -86,7 +86,7 @@ async def _collected(answer: Answer) -> dict[str, object]:
     async with generation:
         texts = [Text("", None)] * generation.num_prompts
         async for index, chunk in generation.chunks():
-            texts[index] = Text(texts[index].text + chunk.text, chunk.finish_reason)
+            texts[index] = texts[index].with_piece(Text(chunk.text, chunk.finish_reason, chunk.logprobs))
         return form.whole(texts, usage(generation))
 
 

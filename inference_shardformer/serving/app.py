@@ -57,7 +57,10 @@ async def completions(request: Request) -> Response:
     asked = wanted.completion(await read_object(request), models=service.models)
     generation = await service.generation(asked.prompts, asked.params, param="prompt", started=started)
     return await _answered(
-        request, asked, generation, CompletionFormat(asked.model, includes_usage=asked.includes_usage)
+        request,
+        asked,
+        generation,
+        CompletionFormat(asked.model, tokens=service.tokens, includes_usage=asked.includes_usage),
     )
 
 
@@ -67,7 +70,8 @@ async def chat_completions(request: Request) -> Response:
     asked = wanted.chat(await read_object(request), models=service.models)
     prompt = await service.chat_token_ids(asked.messages)
     generation = await service.generation([prompt], asked.params, param="messages", started=started)
-    return await _answered(request, asked, generation, ChatFormat(asked.model, includes_usage=asked.includes_usage))
+    form = ChatFormat(asked.model, tokens=service.tokens, includes_usage=asked.includes_usage)
+    return await _answered(request, asked, generation, form)
 
 
 async def models(request: Request) -> Response:

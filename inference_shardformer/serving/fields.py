@@ -6,8 +6,9 @@ import difflib
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from inference_shardformer.engine.sampling_params import MAX_LOGPROBS
 from inference_shardformer.serving.api_error import ApiError
-from inference_shardformer.serving.rules import FLAG, PROMPT, STOP, TEXT, TOKEN_IDS, Rule, integer, number
+from inference_shardformer.serving.rules import BIAS, FLAG, PROMPT, STOP, TEXT, TOKEN_IDS, Rule, integer, number
 
 _ANY = Rule("anything", lambda value: True)
 
@@ -17,6 +18,11 @@ SAMPLING: dict[str, Rule] = {
     "top_k": integer(low=0),
     "repetition_penalty": number("a number above 0", lambda value: value > 0),
     "no_repeat_ngram_size": integer(low=0),
+    "min_p": number("a number from 0 to 1", lambda value: 0 <= value <= 1),
+    "presence_penalty": number("a number from -2 to 2", lambda value: abs(value) <= 2),
+    "frequency_penalty": number("a number from -2 to 2", lambda value: abs(value) <= 2),
+    "logit_bias": BIAS,
+    "min_new_tokens": integer(low=0),
     "seed": integer(low=0, below=2**63),
     "stop": STOP,
     "stop_token_ids": TOKEN_IDS,
@@ -34,10 +40,13 @@ _COMMON: dict[str, Rule] = {
     "user": TEXT,
 }
 STREAM_OPTIONS: dict[str, Rule] = {"include_usage": FLAG}
-COMPLETION: dict[str, Rule] = {**_COMMON, "prompt": PROMPT}
+_NUM_LIKELIEST = integer(low=0, below=MAX_LOGPROBS + 1)
+COMPLETION: dict[str, Rule] = {**_COMMON, "prompt": PROMPT, "logprobs": _NUM_LIKELIEST}
 CHAT: dict[str, Rule] = {
     **_COMMON,
     "max_completion_tokens": integer(low=1),
+    "logprobs": FLAG,
+    "top_logprobs": _NUM_LIKELIEST,
     "messages": Rule("a list with at least one message", lambda value: isinstance(value, list) and bool(value)),
 }
 
@@ -55,14 +64,8 @@ _NO_TOOLS = "leave it out: this server calls no tools; describe them in a messag
 UNSUPPORTED: dict[str, Unsupported] = {
     "n": Unsupported((1,), "send several requests"),
     "best_of": Unsupported((1,), "send several requests and compare"),
-    "logprobs": Unsupported((False,), "leave it out: no probabilities are given"),
-    "top_logprobs": Unsupported((), "leave it out: no probabilities are given"),
     "echo": Unsupported((False,), "put the prompt in front of the text yourself"),
     "suffix": Unsupported(("",), "leave it out: text is generated behind a prompt alone"),
-    "frequency_penalty": Unsupported((0,), "use repetition_penalty or no_repeat_ngram_size"),
-    "presence_penalty": Unsupported((0,), "use repetition_penalty or no_repeat_ngram_size"),
-    "min_p": Unsupported((0,), "use top_p or top_k"),
-    "logit_bias": Unsupported(({},), _LEAVE_OUT),
     "response_format": Unsupported(({"type": "text"},), "ask for the format in the prompt"),
     "tools": Unsupported(([],), _NO_TOOLS),
     "tool_choice": Unsupported(("none", "auto"), _NO_TOOLS),

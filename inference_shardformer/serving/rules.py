@@ -69,6 +69,16 @@ def one_or_more_texts(value: object) -> bool:
     return all(is_text(text) and bool(text) for text in texts)
 
 
+def is_bias(value: object) -> bool:
+    """Whether it is an object of numbers from -100 to 100 by token ids, which JSON writes as texts."""
+    number_rule = number("", lambda each: abs(each) <= 100)
+    return isinstance(value, dict) and all(
+        token_id.isascii() and token_id.isdecimal() and str(int(token_id[:20])) == token_id and number_rule.holds(each)
+        for token_id, each in value.items()
+    )
+
+
+BIAS = Rule("an object of numbers from -100 to 100 by token ids", is_bias)
 FLAG = Rule("true or false", lambda value: isinstance(value, bool))
 TEXT = Rule("text", is_text)
 STOP = Rule("a text or a list of texts, none of them empty", one_or_more_texts)

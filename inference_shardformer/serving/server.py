@@ -20,6 +20,7 @@ from inference_shardformer.serving.chat_template import ChatTemplate
 from inference_shardformer.serving.metrics import Metrics
 from inference_shardformer.serving.service import Service
 from inference_shardformer.serving.signals import StopSignals
+from inference_shardformer.serving.token_texts import TokenTexts
 
 _LINGER_S = 1.0  # after a failure: time for clients and probes to read why
 _SEND_S = 2  # time for clients to read the rest of their answers
@@ -88,6 +89,7 @@ async def serve_engine(
         engine=async_engine,
         models=settings.models,
         template=ChatTemplate(cast(Any, engine.tokenizer), template=settings.chat_template),
+        tokens=TokenTexts(engine.tokenizer),
         metrics=metrics,
         explain=explain,
         api_keys=settings.api_keys,

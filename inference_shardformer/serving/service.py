@@ -13,6 +13,7 @@ from inference_shardformer.serving.api_error import ApiError
 from inference_shardformer.serving.chat_template import ChatTemplate
 from inference_shardformer.serving.generation import Generation
 from inference_shardformer.serving.metrics import Metrics
+from inference_shardformer.serving.token_texts import TokenTexts
 
 Prompt = str | Sequence[int]
 
@@ -24,6 +25,7 @@ class Service:
     engine: AsyncEngine
     models: tuple[str, ...]
     template: ChatTemplate
+    tokens: TokenTexts
     metrics: Metrics
     explain: Callable[[], tuple[object, str]]
     api_keys: tuple[str, ...] = ()

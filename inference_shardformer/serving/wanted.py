@@ -57,6 +57,14 @@ def chat(body: Mapping[str, object], *, models: Sequence[str]) -> WantedChat:
         )
     if "max_completion_tokens" in fields:
         fields["max_tokens"] = fields.pop("max_completion_tokens")
+    wants_logprobs = fields.pop("logprobs", False) is True
+    if "top_logprobs" in fields and not wants_logprobs:
+        raise ApiError(
+            400, "top_logprobs without logprobs=true", remedy="leave it out, or set logprobs", param="top_logprobs"
+        )
+    num_likeliest = fields.pop("top_logprobs", 0)
+    if wants_logprobs:
+        fields["logprobs"] = num_likeliest
     messages: Any = fields["messages"]
     return WantedChat(**_common(fields, models), messages=messages)
 
@@ -95,6 +103,10 @@ def _common(fields: dict[str, object], models: Sequence[str]) -> dict[str, Any]:
 
 def _sampling(fields: Mapping[str, object]) -> SamplingParams:
     settings: dict[str, Any] = {name: value for name, value in fields.items() if name in SAMPLING}
+    if "logprobs" in fields:
+        settings["logprobs"] = fields["logprobs"]
+    if "logit_bias" in settings:
+        settings["logit_bias"] = {int(token_id): number for token_id, number in settings["logit_bias"].items()}
     if "max_tokens" in fields:
         settings["max_new_tokens"] = fields["max_tokens"]
     try:

@@ -116,6 +116,12 @@ def test_the_openai_client_understands_it(server, expected):
         *chunks, last = list(pieces)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected[CHAT_PROMPT]
         assert last.usage.total_tokens == last.usage.prompt_tokens + last.usage.completion_tokens
+        scored = client.chat.completions.create(
+            model="demo", messages=MESSAGES, max_tokens=4, logprobs=True, top_logprobs=2, logit_bias={"5": -100}
+        )
+        for token in scored.choices[0].logprobs.content:
+            assert token.logprob <= 0
+            assert [token.token, token.logprob] == [token.top_logprobs[0].token, token.top_logprobs[0].logprob]
         with pytest.raises(openai.BadRequestError) as caught:
             client.completions.create(model="demo", prompt="x", n=2)
         assert (caught.value.param, caught.value.code) == ("n", "unsupported_field")

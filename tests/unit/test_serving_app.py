@@ -14,13 +14,15 @@ pytest.importorskip("starlette")
 
 from asgi_client import Answered, call
 
-from inference_shardformer import AsyncEngine
+from inference_shardformer import AsyncEngine, SamplingParams
 from inference_shardformer.serving import body as body_module
 from inference_shardformer.serving import server as server_module
 from inference_shardformer.serving.app import build_app
 from inference_shardformer.serving.chat_template import ChatTemplate
+from inference_shardformer.serving.formats import ChatFormat, Text
 from inference_shardformer.serving.metrics import Metrics
 from inference_shardformer.serving.service import Service
+from inference_shardformer.serving.token_texts import TokenTexts
 
 SOON_S = 20.0
 LETTERS = range(97, 123)
@@ -38,6 +40,7 @@ class App:
                 engine=self.async_engine,
                 models=("m",),
                 template=ChatTemplate(None),
+                tokens=TokenTexts(engine.tokenizer),
                 metrics=self.metrics,
                 explain=lambda: ({"decided": 1}, "decided: 1"),
                 api_keys=api_keys,
@@ -213,6 +216,46 @@ def test_keys_explanation_and_what_no_rule_foresaw(tiny: SimpleNamespace) -> Non
         assert await app.metric('http_responses_total{route="/v1/models",status="401"}') == 2
 
     run(App(tiny.Setup().engine(), api_keys=("other", "clé")), use)
+
+
+def test_logprobs_are_those_of_the_engine_streamed_or_not(tiny: SimpleNamespace) -> None:
+    setup = tiny.Setup(alphabet=[0xE6, 0x97, 0xA5, 97, 98, 256, 10], sampling={"ignore_eos": True})
+    (expected,) = setup.engine().generate([[1, 2]], SamplingParams(logprobs=2))
+    names = {97: "a", 98: "b", 10: "\n", 256: "<special>"}
+
+    def name(token_id: int) -> str:
+        return names.get(token_id, f"token_id:{token_id}")
+
+    async def use(app: App) -> None:
+        whole = (await app.complete(logprobs=2)).content["choices"][0]["logprobs"]
+        assert whole["tokens"] == [name(token_id) for token_id in expected.token_ids]
+        assert whole["token_logprobs"] == pytest.approx([each.chosen.logprob for each in expected.logprobs])
+        assert whole["top_logprobs"] == [
+            {name(token.token_id): pytest.approx(token.logprob) for token in each.top} for each in expected.logprobs
+        ]
+        assert sorted(whole["text_offset"]) == whole["text_offset"]
+        *events, _ = (await app.complete(logprobs=2, stream=True)).events
+        pieces = [json.loads(event)["choices"][0]["logprobs"] for event in events]
+        for kind in ("tokens", "token_logprobs", "top_logprobs"):
+            assert [value for piece in pieces for value in piece[kind]] == whole[kind]
+        assert (await app.complete()).content["choices"][0]["logprobs"] is None
+
+    run(App(setup.engine()), use)
+
+
+def test_a_chat_s_logprobs_have_the_bytes_of_tokens(tiny: SimpleNamespace) -> None:
+    (expected,) = tiny.Setup(alphabet=[0xE6, 97]).engine().generate([[1, 2]], SamplingParams(logprobs=1))
+    form = ChatFormat("m", tokens=TokenTexts(tiny.ByteTokenizer()))
+    text = Text(expected.text, "length", expected.logprobs)
+    (choice,) = form.whole([text], {})["choices"]
+    for told, token in zip(choice["logprobs"]["content"], expected.logprobs, strict=True):
+        is_letter = token.chosen.token_id == 97
+        assert (told["token"], told["bytes"]) == (("a", [97]) if is_letter else ("token_id:230", None))
+        assert told["logprob"] == token.chosen.logprob
+        assert [each["logprob"] for each in told["top_logprobs"]] == [each.logprob for each in token.top]
+    piece, end = form.pieces(0, text)
+    assert piece["choices"][0]["logprobs"] == choice["logprobs"]
+    assert end["choices"][0]["logprobs"] is None
 
 
 def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,11 @@ def test_every_field_reaches_the_engine_under_its_name() -> None:
         "top_k": 3,
         "repetition_penalty": 1.5,
         "no_repeat_ngram_size": 2,
+        "min_p": 0.1,
+        "presence_penalty": -1,
+        "frequency_penalty": 2,
+        "logit_bias": {"5": 1.5, "0": -100},
+        "min_new_tokens": 1,
         "seed": 5,
         "stop": ["a", "b"],
         "stop_token_ids": [1, 2],
@@ -51,8 +56,11 @@ def test_every_field_reaches_the_engine_under_its_name() -> None:
         "skip_special_tokens": False,
     }
     assert given.keys() == SAMPLING.keys()
-    assert completion(**given, max_tokens=9).params == SamplingParams(**given, max_new_tokens=9)
-    assert chat(**given, max_completion_tokens=9).params == SamplingParams(**given, max_new_tokens=9)
+    expected = SamplingParams(**{**given, "logit_bias": {0: -100, 5: 1.5}}, max_new_tokens=9, logprobs=3)
+    assert completion(**given, max_tokens=9, logprobs=3).params == expected
+    assert chat(**given, max_completion_tokens=9, logprobs=True, top_logprobs=3).params == expected
+    assert chat(logprobs=True).params == SamplingParams(logprobs=0)
+    assert chat(logprobs=False).params == SamplingParams()
 
 
 def test_what_is_left_out_or_null_is_the_engine_s_default() -> None:
@@ -72,12 +80,8 @@ def test_forms_of_a_prompt(prompt: object, prompts: list) -> None:
 NEUTRAL = {
     "n": 1,
     "best_of": 1,
-    "logprobs": False,
     "echo": False,
     "suffix": "",
-    "frequency_penalty": 0.0,
-    "presence_penalty": 0,
-    "logit_bias": {},
     "response_format": {"type": "text"},
     "tools": [],
     "tool_choice": "auto",
@@ -151,6 +155,16 @@ def test_what_is_not_supported_is_refused_by_name(name: str, make) -> None:
         (completion, {"prompt": [1, True]}, "prompt", "invalid_value", "text, a list of texts"),
         (completion, {"prompt": "\udfff"}, "prompt", "invalid_value", "\\udfff"),
         (completion, {"model": None}, "model", "missing_field", "model is missing"),
+        (completion, {"logprobs": 129}, "logprobs", "invalid_value", "below 129"),
+        (completion, {"logprobs": True}, "logprobs", "invalid_value", "an integer"),
+        (completion, {"top_logprobs": 1}, "top_logprobs", "unknown_field", "did you mean logprobs?"),
+        (chat, {"logprobs": 1}, "logprobs", "invalid_value", "true or false"),
+        (chat, {"top_logprobs": 1}, "top_logprobs", "invalid_value", "without logprobs=true"),
+        (completion, {"min_p": 1.5}, "min_p", "invalid_value", "from 0 to 1"),
+        (completion, {"presence_penalty": 3}, "presence_penalty", "invalid_value", "from -2 to 2"),
+        (completion, {"logit_bias": {"x": 1}}, "logit_bias", "invalid_value", "by token ids"),
+        (completion, {"logit_bias": {"01": 1}}, "logit_bias", "invalid_value", "by token ids"),
+        (completion, {"logit_bias": {"1": 101}}, "logit_bias", "invalid_value", "-100 to 100"),
         (completion, {"messages": []}, "messages", "unknown_field", "messages"),
         (completion, {"tempratur": 1}, "tempratur", "unknown_field", "did you mean temperature?"),
         (completion, {"x" * 500: 1}, "x" * 500, "unknown_field", "..."),
