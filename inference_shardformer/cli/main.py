@@ -28,11 +28,9 @@ _MAIN_RANK_SPEAKS_S = 3.0  # more than a rank has left once the launcher ends it
 
 
 def run_as_program(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run one command line and end the process with its code; that of a rank by `run_and_leave`, however launched."""
+    """Run one command line and end the process with its code, without the second that tearing down torch takes."""
     open_standard_streams()
-    if "RANK" in os.environ:
-        run_and_leave(lambda: sys.exit(main(argv)))
-    sys.exit(main(argv))
+    run_and_leave(lambda: sys.exit(main(argv)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

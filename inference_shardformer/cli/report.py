@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+from contextlib import suppress
 
 from inference_shardformer.errors import InferenceShardformerError, RankFailure
 
@@ -33,7 +34,8 @@ def report_error(error: InferenceShardformerError, *, as_json: bool, debug: bool
     print(f"error: {speaker}{error}", file=sys.stderr, flush=True)
     if as_json:
         record = error_object(error)
-        print(json.dumps({"error": record | {"message": speaker + record["message"]}}), flush=True)
+        with suppress(OSError):  # a full disk or a reader that has gone: standard error has said it
+            print(json.dumps({"error": record | {"message": speaker + record["message"]}}), flush=True)
 
 
 def error_object(error: InferenceShardformerError) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""How the process of a rank ends."""
+"""How a process ends: that of a rank, and that of a command."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ def take_time_to_leave(seconds: float) -> None:
 
 
 def run_and_leave(program: Callable[[], object]) -> NoReturn:
-    """Run a rank's program and end the process with its code, without tearing the interpreter down.
+    """Run a program and end the process with its code, without tearing the interpreter down.
 
     What a program may count on is done: threads are waited for, exit handlers run, streams are flushed. Only objects
-    are not let go of one by one. Threads of gloo may still hold tensors then, for which they need the interpreter, and
-    torch aborts a process that has none any more (pytorch/pytorch#179291).
+    are not let go of one by one, which takes a second where torch and transformers are loaded. In a rank, threads of
+    gloo may still hold tensors then, for which they need the interpreter, and torch aborts a process that has none any
+    more (pytorch/pytorch#179291).
     """
     with _Ending() as ending:
         program()

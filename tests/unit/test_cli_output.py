@@ -30,6 +30,10 @@ class ScriptedEngine:
     def __init__(self, *, tokenizer: Letters | None = None) -> None:
         self.tokenizer = tokenizer or Letters()
         self.asked: list[tuple] = []
+        self.num_resets = 0
+
+    def reset_prefix_cache(self):
+        self.num_resets += 1
 
     def stream(self, prompts, sampling):
         if not all(prompts):
@@ -166,6 +170,7 @@ def test_one_measurement_of_a_workload():
     assert 0 < result["time_to_first_token_s"] <= result["seconds"]
     assert result["peak_rss_bytes"] > 5 + 10**7
     ((prompts, sampling),) = engine.asked
+    assert engine.num_resets == 1  # a repeat finds nothing of the one before
     assert prompts == [[97, 98], [99]]
     assert [(params.max_new_tokens, params.temperature, params.ignore_eos) for params in sampling] == [
         (2, 0.0, True),
