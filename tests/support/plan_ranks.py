@@ -23,7 +23,11 @@ from inference_shardformer.errors import InferenceShardformerError
 NOTHING = ConfigSources(environ={})
 SHARD = ShardConfig(device="cpu", all_reduce="gloo")  # native code that sums inside passes no meter
 CONFIG = InferenceConfig.model_validate(
-    {"dtype": "fp32", "cache": {"block_size": 4, "num_blocks": 64}, "attention": {"backend": "reference"}}
+    {
+        "dtype": "fp32",
+        "cache": {"block_size": 4, "num_blocks": 64, "prefix_caching": "off"},  # every prompt is computed, and counted
+        "attention": {"backend": "reference"},
+    }
 )
 
 
