@@ -76,7 +76,7 @@ def _check_counts(hf_config: PreTrainedConfig) -> None:
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
     wrong = [f"{name}={count}" for name in names if (count := int(getattr(hf_config, name))) < 1]
     if wrong:
-        raise CheckpointError(f"{', '.join(wrong)}: must be at least 1", remedy="correct config.json")
+        raise CheckpointError(f"config.json: {', '.join(wrong)}: must be at least 1", remedy="correct it")
 
 
 def token_ids(value: int | list[int] | None) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from ranks import free_port, run_ranks
 
+from inference_shardformer.distributed import environment
 from inference_shardformer.distributed.environment import RankEnvironment, ensure_process_group, process_group_for
 from inference_shardformer.distributed.tensor_parallel import TensorParallelGroup, joining
 from inference_shardformer.distributed.wire import Line, answer, call
@@ -71,6 +72,7 @@ def test_broken_environment_is_refused(environ: dict[str, str], message: str) ->
 def test_a_port_that_is_taken_and_ranks_that_never_come_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**LAUNCHED, "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(environment, "JOIN_TIMEOUT_S", 0.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
         with pytest.raises(EnvironmentMismatchError, match=r"rank 0 of 8 did not meet the others at 127\.0\.0\.1:"):

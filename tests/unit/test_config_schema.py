@@ -21,7 +21,21 @@ SCHEMA = json_schema()
 VALUES: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 8, 1024, 1025, 3600, 3601, 65536, 65537, 2**63 - 1, 2**63),
     *(0.0, 0.5, 1.0, 100.0, 100.5, 1e300),
-    *("", "auto", "none", "on", "fp32", "fp8", "int8", "cpu", "sdpa", "Q: {input_text}", "llama", "llamas"),
+    *(
+        "",
+        "auto",
+        "none",
+        "on",
+        "fp32",
+        "fp8",
+        "int8",
+        "cpu",
+        "sdpa",
+        "prompt_lookup",
+        "Q: {input_text}",
+        "llama",
+        "llamas",
+    ),
     *({}, {"a": 1}, {"a": {}}, {"a": None}, {"a": {"b": 1}}, {"a": {"b": None}}, {"a": {"b": [1, {"c": 2}]}}),
     *({"a": {"b": {"c": 3}}}, {"a": {"": 1}}, {"": {"a": 1}}, {"block_size": 8}, {"block_size": 0}),
 ]

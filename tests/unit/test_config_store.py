@@ -95,7 +95,8 @@ def test_describe_lists_every_field_with_its_state(store):
 
 def test_mutability_is_declared_on_the_fields():
     declared = {path: mutability_of(path) for path in all_fields()}
-    assert {path for path, kind in declared.items() if kind == "live"} == {SEQS, TOKENS}
+    guesses = {f"inference.scheduler.{name}" for name in ("speculation", "max_draft_tokens")}
+    assert {path for path, kind in declared.items() if kind == "live"} == {SEQS, TOKENS} | guesses
     penalties = {f"inference.sampling.{name}" for name in ("repetition_penalty", "no_repeat_ngram_size", "ignore_eos")}
     per_request = {LENGTH, TEMPERATURE, TOP_K, TOP_P, *penalties}
     assert {path for path, kind in declared.items() if kind == "per_request"} == per_request
