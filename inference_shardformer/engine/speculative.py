@@ -20,8 +20,9 @@ _LONGEST_PAUSE = 32
 class PromptLookup:
     """Drafts for one sequence, whose growing list of tokens it keeps an index of; and how many of them pay.
 
-    A draft that was right lets the next one be longer; one that was wrong from its first token on makes a pause, each
-    twice as long as the last. So a text that repeats nothing costs next to nothing. Depends on the tokens alone.
+    A draft that was right lets the next one be longer; one that was wrong from its first token on makes a pause. Pauses
+    double with every draft that was wrong and halve with every other one, so a text that repeats little costs next to
+    nothing. Depends on the tokens alone.
     """
 
     def __init__(self, token_ids: Sequence[int]) -> None:
@@ -52,7 +53,7 @@ class PromptLookup:
             self._length, self._rest = 1, self._pause
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
             return
-        self._pause = 1
+        self._pause = max(self._pause // 2, 1)
         self._length = min(2 * self._length, _LONGEST_DRAFT) if num_accepted == num_drafted else num_accepted + 1
 
     def _index(self) -> None:

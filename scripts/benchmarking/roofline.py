@@ -12,7 +12,7 @@ import torch
 
 from benchmarking.workloads import SHAPES
 from inference_shardformer.kernels.cpu.arguments import DTYPES
-from inference_shardformer.kernels.cpu.compact_weight import CompactWeight, can_compress, empty_compact_weight
+from inference_shardformer.kernels.cpu.compact_weight import CompactWeight, compression_gains, empty_compact_weight
 from inference_shardformer.kernels.cpu.library import native
 from inference_shardformer.kernels.cpu.linear import linear
 from inference_shardformer.kernels.cpu.linear_arguments import LinearArgs
@@ -64,7 +64,7 @@ def _layers(shape: str) -> Layers:
     plain = [torch.randn(size).mul_(0.02).to(torch.bfloat16) for size in (*sizes, (vocab, hidden))]
     arena = WeightArena()
     forms = {"packed": [pack(weight, arena=arena) for weight in plain]}
-    if can_compress(torch.bfloat16):
+    if compression_gains():
         forms["compact"] = [_compressed(weight, arena) for weight in plain]
     arena.keep_nothing()
     return Layers(plain, forms)
