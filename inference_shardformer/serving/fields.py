@@ -121,7 +121,9 @@ def summary(problems: list[Problem]) -> ApiError:
 
 def missing(name: str, rule: Rule) -> ApiError:
     """The refusal of a request without a field that it needs."""
-    return ApiError(400, f"{name} is missing", remedy=f"add {name}, which is {rule.words}", code="missing_field", param=name)
+    return ApiError(
+        400, f"{name} is missing", remedy=f"add {name}, which is {rule.words}", code="missing_field", param=name
+    )
 
 
 def _problem(name: str, value: object, rules: Mapping[str, Rule], within: str) -> Problem | None:
