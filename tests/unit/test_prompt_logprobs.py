@@ -139,3 +139,15 @@ def test_bad_numbers_are_refused(tiny: SimpleNamespace) -> None:
     setup.facts = lambda: type(facts)(**{**vars(facts), "vocab_size": 100})
     with pytest.raises(RequestError, match="prompt_logprobs=101 are more tokens than there are"):
         setup.engine().generate([[1]], SamplingParams(prompt_logprobs=101))
+
+
+def test_blocks_that_others_computed_are_no_excuse_for_a_prompt_that_is_to_be_scored(tiny: SimpleNamespace) -> None:
+    prompt = list(range(97, 117))
+    wanted = SamplingParams(max_new_tokens=2, prompt_logprobs=1)
+    (alone,) = tiny.Setup().engine().generate([prompt], wanted)
+    engine = tiny.Setup(prefix_caching="on").engine()
+    for params, num_cached in ((SamplingParams(max_new_tokens=2), 0), (wanted, 0), (SamplingParams(), 16)):
+        (output,) = engine.generate([prompt], params)
+        assert output.usage.num_cached_tokens == num_cached
+        assert output.prompt_logprobs == (None if params is not wanted else alone.prompt_logprobs)
+    assert len(alone.prompt_logprobs) == len(prompt)
