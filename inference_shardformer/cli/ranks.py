@@ -37,7 +37,7 @@ def has_launcher_of_ours() -> bool:
 
 
 def note_reported(code: int) -> None:
-    """Tell the command that started this rank that it ends with this code, and that an error has been shown."""
+    """Tell the command that started this rank that it ends with this code; unless that is 0, an error was shown."""
     if has_launcher_of_ours():
         Path(os.environ[_REPORTED_VARIABLE]).write_text(str(code), encoding="ascii")
 

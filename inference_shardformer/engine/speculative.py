@@ -27,7 +27,7 @@ class PromptLookup:
 
     def __init__(self, token_ids: Sequence[int]) -> None:
         self._token_ids = token_ids
-        self._places: dict[tuple[int, int], array[int]] = {}  # of the tokens behind each pair
+        self._places: dict[tuple[int, ...], array[int]] = {}  # of the tokens behind each pair
         self._num_indexed = 1
         self._length = _FIRST_DRAFT
         self._pause = 1
@@ -42,10 +42,8 @@ class PromptLookup:
         if self._rest > 0:
             self._rest -= 1
             return []
-        start = self._best_place() if most > 0 else None
-        if start is None:
-            return []
-        return self._copied(start, min(most, self._length, self._num_in_common(start)))
+        num_in_common, start = self._best_place() if most > 0 else (0, 0)
+        return self._copied(start, min(most, self._length, num_in_common))
 
     def settle(self, num_drafted: int, num_accepted: int) -> None:
         """Take note of how a draft turned out."""
@@ -62,11 +60,10 @@ class PromptLookup:
             self._places.setdefault((tokens[place - 2], tokens[place - 1]), array("q")).append(place)
         self._num_indexed = max(self._num_indexed, len(tokens) - 1)
 
-    def _best_place(self) -> int | None:
-        """Behind which earlier pair the longest common text ends, the latest of equals."""
-        tokens = self._token_ids
-        places = self._places.get((tokens[-2], tokens[-1])) if len(tokens) > 1 else None
-        return None if places is None else max(reversed(places[-_LATEST:]), key=self._num_in_common)
+    def _best_place(self) -> tuple[int, int]:
+        """How many tokens the best of the latest places behind a pair like the last has in common; where it is."""
+        places = self._places.get(tuple(self._token_ids[-2:]), ())
+        return max(((self._num_in_common(place), place) for place in places[-_LATEST:]), default=(0, 0))
 
     def _num_in_common(self, place: int) -> int:
         """Tokens before `place` that also end the sequence."""
