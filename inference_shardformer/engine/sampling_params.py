@@ -76,8 +76,8 @@ class SamplingParams:
 
     `temperature` 0 is greedy; `top_k` 0 keeps every token. The draw depends on `seed` and the number of tokens
     generated so far, on nothing else: the same prompt with the same seed gives the same tokens in any company, but for
-    rounding that depends on how steps and cached blocks cut the prompt. A
-    request without a seed gets one from the engine's seed and its number, so that equal prompts draw differently.
+    rounding that depends on how steps and cached blocks cut the prompt. A request without a seed gets one from the
+    engine's seed and its number, so that equal prompts draw differently.
     `repetition_penalty` above 1 makes tokens of the prompt and the output less likely, `no_repeat_ngram_size` n lets no
     sequence of n tokens occur twice in them; both as Hugging Face does it, before the temperature, greedy or not.
     `presence_penalty` is taken once from the logit of every token of the output, `frequency_penalty` as often as it
